@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One area as its server sees it: the descriptors, the mapping of the backing file, requests and marks.
+
+An Area owns its two descriptors and its mapping and frees them together.  It never decides what to fetch or when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Final, Self
+
+from pyumem import uapi
+from pyumem.uapi import PAGE_SIZE, AreaInfo, Created, MarkBuffer, RequestBuffer
+
+REQUESTS_AT_ONCE: Final = 256
+"""Requests that one call of Area.requests() takes at most."""
+
+
+def node_path(area_id: int) -> str:
+    """Return the path of an area's node."""
+    return f"/dev/umem{area_id}"
+
+
+class Area:
+    """The server's end of an area.  A context manager; close() it otherwise.
+
+    size and granule_size are bytes, npages host pages.
+    """
+
+    def __init__(
+        self, created: Created, name: str, *, requests_at_once: int = REQUESTS_AT_ONCE
+    ) -> None:
+        """Own the descriptors of `created` from now on.  Use create(), reattach() or from_fds()."""
+        self.id: Final = created.id
+        self.name: Final = name
+        self.size: Final = created.size
+        self.granule_size: Final = created.granule_size
+        self.npages: Final = created.size // PAGE_SIZE
+        self.server_fd = created.server_fd
+        self.shmem_fd = created.shmem_fd
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
+        self._requests = RequestBuffer(requests_at_once, area=name)
+        self._marks = MarkBuffer(area=name)
+
+    # --- making one ---
+
+    @classmethod
+    def create(cls, name: str, size: int) -> Self:
+        """Create a named area of size bytes (rounded up to the granule), all of it missing.  Raises DriverError."""
+        control = uapi.open_control()
+        try:
+            return cls(uapi.create(control, name, size), name)
+        finally:
+            os.close(control)
+
+    @classmethod
+    def reattach(cls, area_id: int, *, force: bool = False) -> Self:
+        """Take over an area whose server died, or with force one whose server hangs.  Raises DriverError."""
+        control = uapi.open_control()
+        try:
+            created = uapi.reattach(control, area_id, force)
+        finally:
+            os.close(control)
+        return cls._named(created)
+
+    @classmethod
+    def from_fds(cls, server_fd: int, shmem_fd: int) -> Self:
+        """Make an Area of descriptors that another process created and handed over; they are owned from now on.
+
+        Of an error the descriptors are closed.  Raises DriverError.
+        """
+        return cls._named(Created(-1, 0, 0, server_fd, shmem_fd))
+
+    @classmethod
+    def _named(cls, created: Created) -> Self:
+        """Fill in what only the driver knows."""
+        try:
+            known = uapi.info(created.server_fd, area=f"umem{created.id}" if created.id >= 0 else "")
+        except BaseException:
+            os.close(created.server_fd)
+            os.close(created.shmem_fd)
+            raise
+        return cls(
+            Created(known.id, known.size, known.granule_size, created.server_fd, created.shmem_fd),
+            known.name,
+        )
+
+    # --- what it is ---
+
+    @property
+    def node(self) -> str:
+        """Return the path that a consumer opens."""
+        return node_path(self.id)
+
+    def fileno(self) -> int:
+        """Return the server's descriptor: readable while a request is pending."""
+        return self.server_fd
+
+    def info(self) -> AreaInfo:
+        """Ask the driver for counts and state.  Raises DriverError."""
+        return uapi.info(self.server_fd, area=self.name)
+
+    @property
+    def map(self) -> mmap.mmap:
+        """Return the backing file mapped shared and writable, made at the first use.
+
+        It is written before the mark and never after it.
+        """
+        if self._map is None:
+            self._map = mmap.mmap(self.shmem_fd, self.size)
+        return self._map
+
+    def view(self, pgoff: int, count: int) -> memoryview:
+        """Return `count` pages of the backing file from page `pgoff` on, to receive into.
+
+        The caller releases it (`with area.view(...) as view`) before close().  ValueError past the end.
+        """
+        if pgoff < 0 or count < 1 or pgoff + count > self.npages:
+            raise ValueError(
+                f"area {self.name}: pages {pgoff}..{pgoff + count - 1} are not within its {self.npages}"
+            )
+        if self._view is None:
+            self._view = memoryview(self.map)
+        return self._view[pgoff * PAGE_SIZE : (pgoff + count) * PAGE_SIZE]
+
+    # --- serving ---
+
+    def set_blocking(self, blocking: bool) -> None:
+        """Let requests() sleep or not.  The flag is of the open file, so that whoever shares the descriptor sees it too."""
+        os.set_blocking(self.server_fd, blocking)
+
+    def requests(self) -> memoryview:
+        """Return the next requests as 64-bit words pgoff, flags, pgoff, flags, ..., see RequestBuffer.get()."""
+        return self._requests.get(self.server_fd)
+
+    def mark(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Say that ranges of (first page, count of pages) are valid now, and wake who waits for them.
+
+        Returns how many granules were missing before.  More ranges than one call takes are marked in several calls, each of which
+        takes effect as a whole.  Raises DriverError; what an earlier call marked stays marked.
+        """
+        marks, nr_new = self._marks, 0
+        marks.clear()
+        for pgoff, count in ranges:
+            if marks.full:
+                nr_new += marks.flush(self.server_fd)
+            marks.add(pgoff, count)
+        return nr_new + marks.flush(self.server_fd)
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Close the descriptors and the mapping; again is harmless.
+
+        The area stays while a consumer has it open or mapped.  BufferError when a view() is still held: the descriptors are closed
+        then, the mapping stays until the view is released.
+        """
+        fds = (self.server_fd, self.shmem_fd)
+        self.server_fd = self.shmem_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+        if self._view is not None:
+            self._view.release()
+            self._view = None
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # A view held by the failing frame must not hide the failure.
+            with contextlib.suppress(BufferError):
+                self.close()
