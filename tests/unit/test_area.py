@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What area.py does without a driver: ownership of descriptors and mapping, batching of marks, bounds."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyumem import uapi
+from pyumem.area import Area, node_path
+from pyumem.errors import DriverError
+from pyumem.uapi import PAGE_SIZE
+
+NPAGES = 8
+
+
+@pytest.fixture
+def created(tmp_path: Path) -> Iterator[uapi.Created]:
+    server = os.open(tmp_path / "server", os.O_RDWR | os.O_CREAT)
+    shmem = os.memfd_create("backing")
+    os.ftruncate(shmem, NPAGES * PAGE_SIZE)
+    yield uapi.Created(7, NPAGES * PAGE_SIZE, PAGE_SIZE, server, shmem)
+    for fd in (server, shmem):
+        try:
+            os.close(fd)
+        except OSError as e:
+            assert e.errno == errno.EBADF
+
+
+def is_open(fd: int) -> bool:
+    return os.path.exists(f"/proc/self/fd/{fd}")
+
+
+def test_views_reach_the_backing_file(created: uapi.Created) -> None:
+    with Area(created, "vm.ram0") as area:
+        assert (area.node, area.npages, area.fileno()) == ("/dev/umem7", NPAGES, created.server_fd)
+        with area.view(2, 3) as view:
+            assert len(view) == 3 * PAGE_SIZE
+            view[:4] = b"page"
+        assert os.pread(created.shmem_fd, 4, 2 * PAGE_SIZE) == b"page"
+        for pgoff, count in ((-1, 1), (0, 0), (0, NPAGES + 1), (NPAGES, 1), (1 << 60, 1)):
+            with pytest.raises(ValueError, match="vm.ram0"):
+                area.view(pgoff, count)
+    assert not is_open(created.server_fd)
+    assert not is_open(created.shmem_fd)
+
+
+def test_close_twice_is_harmless(created: uapi.Created) -> None:
+    area = Area(created, "a")
+    area.close()
+    reused = os.open("/dev/null", os.O_RDONLY)  # takes one of the two numbers
+    area.close()
+    assert is_open(reused)
+    os.close(reused)
+
+
+def test_close_with_a_view_held_leaks_no_descriptor(created: uapi.Created) -> None:
+    area = Area(created, "a")
+    view = area.view(0, 1)
+    with pytest.raises(BufferError):
+        area.close()
+    assert not is_open(created.server_fd)
+    view.release()
+    area.close()
+
+
+def test_a_failure_is_not_hidden_by_a_held_view(created: uapi.Created) -> None:
+    with pytest.raises(ZeroDivisionError), Area(created, "a") as area:
+        view = area.view(0, 1)
+        _ = len(view) // 0
+
+
+def test_mark_batches(created: uapi.Created, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def flush(self: uapi.MarkBuffer, fd: int) -> int:
+        batches.append(len(self))
+        self.clear()
+        return batches[-1]
+
+    monkeypatch.setattr(uapi.MarkBuffer, "flush", flush)
+    with Area(created, "a") as area:
+        # Every other page, so that none can be joined.
+        nr = area.mark((2 * n, 1) for n in range(uapi.MARK_MAX + 10))
+    assert batches == [uapi.MARK_MAX, 10]
+    assert nr == uapi.MARK_MAX + 10
+
+
+def test_from_fds_closes_what_is_no_area(created: uapi.Created) -> None:
+    with pytest.raises(DriverError):
+        Area.from_fds(created.server_fd, created.shmem_fd)
+    assert not is_open(created.server_fd)
+    assert not is_open(created.shmem_fd)
+
+
+def test_node_path() -> None:
+    assert node_path(12) == "/dev/umem12"
