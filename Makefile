@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Every entry point of the project.  `make help` lists them.  What is made goes
+# to build/ and .venv/; nothing but Debian packages is installed on the machine.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+KERNELS := 6.1 6.12
+# What the caller did not choose: one kernel for make vm and make demo, both
+# for make module and make test.
+KERNEL ?=
+MEM ?= 4G
+CPUS ?= 2
+NAME ?= vm
+CMD ?=
+
+ACCEL ?= kvm
+FLAGS ?=
+GUEST_MEM ?= 256M
+RATE ?= 1gbit
+DELAY ?= 0.2ms
+
+ONE_KERNEL := $(or $(KERNEL),6.1)
+THE_KERNELS := $(or $(KERNEL),$(KERNELS))
+PY := .venv/bin/python
+STAMPS := build/stamps
+VM = $(PY) -m tests.vm run
+
+bad_kernel := $(filter-out $(KERNELS),$(KERNEL))
+$(if $(bad_kernel),$(error KERNEL=$(bad_kernel) is not one of: $(KERNELS)))
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+# ---- what everything else needs: each step has a stamp, each is skipped when done
+
+$(STAMPS)/apt: scripts/setup-apt.sh scripts/lib.sh
+	@scripts/setup-apt.sh
+
+$(STAMPS)/venv: pyproject.toml scripts/setup-venv.sh | $(STAMPS)/apt
+	@scripts/setup-venv.sh
+
+$(STAMPS)/kernel-%: scripts/setup-kernel.sh | $(STAMPS)/apt
+	@scripts/setup-kernel.sh $*
+
+.PHONY: setup
+setup: $(STAMPS)/venv $(KERNELS:%=$(STAMPS)/kernel-%) ## get packages, .venv, test kernels, QEMU 10 and the inner guest
+
+.PHONY: module
+module: $(THE_KERNELS:%=module-%) ## build umem.ko for the test kernels, or for KERNEL=6.1|6.12
+
+.PHONY: $(KERNELS:%=module-%)
+$(KERNELS:%=module-%): module-%: $(STAMPS)/kernel-%
+	@scripts/build-module.sh $*
+
+.PHONY: vm
+vm: $(STAMPS)/venv module-$(ONE_KERNEL) ## run CMD='...' in the test VM, a shell without CMD (KERNEL= MEM= CPUS=)
+	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $(NAME) \
+		$(if $(CMD),--shell-command "$$CMD")
+export CMD

@@ -1,0 +1,23 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# build-module.sh 6.1|6.12 [MAKE-ARGUMENT...]: builds kmod/ against the headers
+# under build/kernels/<line>/ into build/kmod/<line>/umem.ko.  The sources are
+# linked there, so that kbuild leaves its products there and not in kmod/.
+# UMEM_KMOD_OUT chooses another directory than build/kmod/<line>.
+
+. "$(dirname "$0")/lib.sh"
+
+line=${1:?usage: build-module.sh 6.1|6.12 [MAKE-ARGUMENT...]}
+shift
+headers=$BUILD/kernels/$line/headers
+out=${UMEM_KMOD_OUT:-$BUILD/kmod/$line}
+[ -e "$headers/Makefile" ] || die "no headers for $line: run make setup"
+[ -e "$ROOT/kmod/Kbuild" ] || die "kmod/Kbuild is not there"
+
+with_lock "kmod-$line"
+mkdir -p "$out"
+# Links of sources that are gone would keep a stale build going.
+find "$out" -xtype l -delete
+cp -asfT "$ROOT/kmod" "$out"
+make -C "$headers" M="$out" "$@" modules

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Boots the test machine, runs one command in it, judges the kernel log.
+
+The machine is virtme-ng's: the host's own root file system, read-only, under
+the kernel that was unpacked to build/kernels/<line>.  Inside, the command is
+root, its working directory is the checkout (writable), .venv/bin is first on
+PATH, umem.ko is loaded, /tmp, /run and /dev/shm are tmpfs.
+
+What is kept of a run, in build/vm/: <name>.log is the kernel's whole console,
+<name>.sh what was run, <name>.status how it ended.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from tests.vm import klog, kvm
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("UMEM_BUILD", ROOT / "build"))
+KERNELS = ("6.1", "6.12")
+
+# Exit statuses of the harness itself, where the command's own is not told.
+EXIT_DIRTY_LOG = 86
+EXIT_VM_FAILED = 87
+EXIT_TIMEOUT = 124
+
+# Drivers of the emulated board that no test needs; loading them costs seconds
+# under emulation.
+_NOT_NEEDED = (
+    "ahci,libahci,sr_mod,cdrom,sg,i2c_i801,i2c_smbus,lpc_ich,iTCO_wdt,i6300esb,psmouse,"
+    "pcspkr,powernow_k8,acpi_cpufreq,aesni_intel,ghash_clmulni_intel,"
+    "crct10dif_pclmul,crc32_pclmul,sha1_ssse3,sha256_ssse3,sha512_ssse3,"
+    "joydev,evdev,button,intel_rapl_msr,intel_rapl_common,bochs,rapl,pcc_cpufreq"
+)
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """What machine to boot and what to run; see `run`."""
+
+    kernel: str = "6.1"
+    command: str | None = None
+    """Shell text; None gives an interactive shell."""
+    memory: str = "4G"
+    cpus: int = 2
+    name: str = "vm"
+    timeout: float = 3600.0
+    """Seconds after which the machine is killed; not for a shell."""
+    module: bool = True
+    """Load umem.ko before the command."""
+    ignore_log: bool = False
+    """Report what the kernel log says, but do not fail for it."""
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        """The kernel's console."""
+        return BUILD / "vm" / f"{self.name}.log"
+
+
+class VmError(Exception):
+    """The machine cannot be started; the text says what to do."""
+
+
+def kernel_release(line: str) -> str:
+    """Return the release that was unpacked for a kernel line such as "6.1"."""
+    path = BUILD / "kernels" / line / "release"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        raise VmError(f"no kernel {line} under {path.parent}: run make setup") from None
+
+
+def inner_script(config: VmConfig) -> str:
+    """Return the shell script that prepares the machine and runs the command."""
+    quote = shlex.quote
+    root = quote(str(ROOT))
+    module = BUILD / "kmod" / config.kernel / "umem.ko"
+    env = {
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "UMEM_VM": "1",
+        "UMEM_KERNEL": config.kernel,
+        "UMEM_BUILD": str(BUILD),
+        "UMEM_QEMU": "/usr/bin/qemu-system-x86_64",
+        "UMEM_QEMU10": str(BUILD / "qemu-10.0" / "qemu-system-x86_64"),
+        "UMEM_GUEST_KERNEL": str(BUILD / "guest" / "vmlinuz"),
+        "UMEM_GUEST_INITRD": str(BUILD / "guest" / "initramfs.cpio"),
+    }
+    env.update(config.env)
+    status = quote(str(BUILD / "vm" / f"{config.name}.status"))
+    lines = ["#!/bin/bash", "# Written by tests/vm/harness.py for one run."]
+    lines += [f"export {key}={quote(value)}" for key, value in env.items()]
+    lines += [
+        # A fresh /tmp; a checkout that lies under it stays where it is.
+        "mkdir -p /run/new-tmp && mount -t tmpfs -o mode=1777 tmp /run/new-tmp",
+        f"case {root} in /tmp/*) mkdir -p /run/new-tmp/{quote(str(ROOT)[5:])} &&"
+        f" mount --bind {root} /run/new-tmp/{quote(str(ROOT)[5:])};; esac"
+        if str(ROOT).startswith("/tmp/")
+        else "",
+        "mount --move /run/new-tmp /tmp",
+        f"cd {root} || exit 1",
+        "ip link set lo up",
+        "modprobe -q kvm_amd || modprobe -q kvm_intel",
+        "[ -e /dev/kvm ] && chmod 0666 /dev/kvm",
+        "sysctl -qw kernel.hung_task_timeout_secs=120 kernel.printk=8",
+        f"status={status}",
+    ]
+    if config.module:
+        lines += [
+            f"if ! insmod {quote(str(module))}; then",
+            "  echo 'cannot load umem.ko' >&2; echo insmod >$status; exit 1",
+            "fi",
+        ]
+    if config.command is None:
+        lines += [
+            f"echo 'umem test VM, kernel {config.kernel}; leave it with exit or ctrl-d'",
+            "/bin/bash -i",
+            "rc=0",
+        ]
+    else:
+        lines += [f"/bin/bash -c {quote(config.command)}", "rc=$?"]
+    lines += [
+        # The leak detector of a debug kernel, where there is one.
+        "if [ -w /sys/kernel/debug/kmemleak ]; then",
+        "  echo scan >/sys/kernel/debug/kmemleak; sleep 6",
+        "  echo scan >/sys/kernel/debug/kmemleak",
+        "  cat /sys/kernel/debug/kmemleak >/dev/kmsg 2>/dev/null",
+        "fi",
+        "echo $rc $(cat /proc/sys/kernel/tainted) >$status",
+        "sync",
+        "exit $rc",
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
+    """Return the command line that starts the machine."""
+    release = kernel_release(config.kernel)
+    image = BUILD / "kernels" / config.kernel / "boot" / f"vmlinuz-{release}"
+    argv = [
+        str(ROOT / ".venv" / "bin" / "virtme-run"),
+        *("--kimg", str(image)),
+        *("--mods", "auto"),
+        *("--cpus", str(config.cpus)),
+        *("--memory", config.memory),
+        *("--user", "root"),
+        *("--rwdir", str(ROOT)),
+        *("--cwd", str(ROOT)),
+        *("--overlay-rwdir", "/etc"),
+        "--force-9p",
+        "--disable-microvm",
+        *("--name", "umem-vm"),
+    ]
+    if BUILD.resolve() != (ROOT / "build").resolve():
+        argv += ["--rwdir", str(BUILD)]
+    if not accel_kvm:
+        argv += ["--disable-kvm"]
+    for option in (
+        "console=ttyS1,115200",
+        "loglevel=8",
+        "ignore_loglevel",
+        "printk.time=1",
+        "net.ifnames=0",
+        f"module_blacklist={_NOT_NEEDED}",
+    ):
+        argv += ["--kopt", option]
+    if config.command is None:
+        argv += ["--shell", str(script)]
+    else:
+        argv += ["--script-sh", f"exec {shlex.quote(str(script))}"]
+    argv += ["--qemu-opts", "-serial", f"file:{config.log}"]
+    if not accel_kvm:
+        # Multi-threaded emulation, and CPU features that make inner KVM work.
+        argv += ["-accel", "tcg,thread=multi"]
+    return argv
+
+
+def _relay(source: IO[bytes], target: IO[bytes]) -> None:
+    """Copy a pipe to a stream as it comes."""
+    while chunk := os.read(source.fileno(), 65536):
+        target.write(chunk)
+        target.flush()
+
+
+def _execute(config: VmConfig, argv: list[str]) -> int | None:
+    """Run the machine to its end; None when it took too long."""
+    if config.command is None:
+        return subprocess.call(argv)
+    # QEMU opens its standard streams anew through /proc: with a file that
+    # means two offsets and lost text, with a pipe it is right.
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    relays = [
+        threading.Thread(target=_relay, args=pair, daemon=True)
+        for pair in (
+            (process.stdout, sys.stdout.buffer),
+            (process.stderr, sys.stderr.buffer),
+        )
+    ]
+    for relay in relays:
+        relay.start()
+    try:
+        status: int | None = process.wait(timeout=config.timeout)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    for relay in relays:
+        relay.join(timeout=5)
+    return status
+
+
+def _tell(text: str) -> None:
+    print(f"==> vm: {text}", file=sys.stderr, flush=True)
+
+
+def run(config: VmConfig) -> int:
+    """Boot, run, judge; return the exit status for the caller.
+
+    It is the command's own, unless that is 0 and the kernel log is bad
+    (EXIT_DIRTY_LOG), or the machine did not come to its end (EXIT_VM_FAILED,
+    EXIT_TIMEOUT).
+
+    Raises VmError when something that `make setup` makes is missing.
+    """
+    directory = BUILD / "vm"
+    directory.mkdir(parents=True, exist_ok=True)
+    module = BUILD / "kmod" / config.kernel / "umem.ko"
+    if config.module and not module.exists():
+        raise VmError(f"{module} is not there: run make module KERNEL={config.kernel}")
+    script = directory / f"{config.name}.sh"
+    script.write_text(inner_script(config))
+    script.chmod(0o755)
+    status_file = directory / f"{config.name}.status"
+    status_file.unlink(missing_ok=True)
+    config.log.unlink(missing_ok=True)
+    accel_kvm = kvm.really_works(BUILD)
+    _tell(
+        f"booting {kernel_release(config.kernel)}, {config.cpus} CPUs, {config.memory}, "
+        f"{'KVM' if accel_kvm else 'emulated'}; kernel log in {config.log}"
+    )
+    started = time.monotonic()
+    vm_status = _execute(config, vm_argv(config, script, accel_kvm))
+    _tell(f"ended after {time.monotonic() - started:.0f} s")
+    return _verdict(config, vm_status, status_file)
+
+
+def _verdict(config: VmConfig, vm_status: int | None, status_file: Path) -> int:
+    log = config.log.read_text(errors="replace") if config.log.exists() else ""
+    lines = log.splitlines()
+    findings = klog.judge(lines)
+    for finding in findings[:20]:
+        _tell(f"kernel log: {finding}")
+    if len(findings) > 20:
+        _tell(f"kernel log: and {len(findings) - 20} more, see {config.log}")
+    told = status_file.read_text().split() if status_file.exists() else []
+    if vm_status is None:
+        _tell(f"killed: it took longer than {config.timeout:.0f} s")
+        return EXIT_TIMEOUT
+    if len(told) != 2:
+        what = "umem.ko did not load" if told == ["insmod"] else "the command did not end"
+        _tell(f"{what} (the machine's own status: {vm_status}); the kernel's last lines:")
+        for line in lines[-15:]:
+            print(f"    {line}", file=sys.stderr)
+        return EXIT_VM_FAILED
+    status, taint = int(told[0]), int(told[1])
+    bad_taint = klog.judge_taint(taint)
+    if bad_taint:
+        _tell(f"kernel log: the kernel is tainted by {''.join(bad_taint)} ({taint})")
+    if status:
+        _tell(f"the command exited with {status}")
+        return status
+    if (findings or bad_taint) and not config.ignore_log:
+        _tell("the command exited with 0, but the kernel log is bad: failed")
+        return EXIT_DIRTY_LOG
+    return 0
