@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Frames of the TCP protocol between source and destination.  Pure: bytes in, values out, no sockets.
+
+A frame is a header of 24 bytes, all of it big-endian, and a payload of `length` bytes:
+
+    offset size
+         0    2  magic "UM"
+         2    1  version of the protocol
+         3    1  kind of the frame
+         4    4  length of the payload in bytes
+         8    2  area: index in the list of areas of HELLO
+        10    2  reserved, zero
+        12    4  count: of pages (PAGES), of offsets (REQUEST, DISCARD), of ranges (ZERO)
+        16    8  pgoff: first page (PAGES)
+
+The first eight bytes keep their meaning in every version, so that peers of different versions can tell each other so.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, Final, NamedTuple
+
+from pyumem.errors import ForeignPeerError, ProtocolError, VersionError
+
+VERSION: Final = 1
+MAGIC: Final = 0x554D  # "UM"
+
+HEADER: Final = struct.Struct("!HBBIHHIQ")
+HEADER_SIZE: Final = HEADER.size
+PREFIX_SIZE: Final = 8
+"""Bytes of the header that are the same in every version."""
+
+MAX_JSON: Final = 64 * 1024
+"""Largest payload of a frame that carries JSON, in bytes."""
+MAX_DEVICE: Final = 256 * 1024
+"""Largest piece of device state in one frame, in bytes."""
+MAX_RUN: Final = 1024 * 1024
+"""Largest payload of a PAGES frame, in bytes."""
+MAX_OFFSETS: Final = 4096
+"""Most offsets of one REQUEST or DISCARD."""
+MAX_RANGES: Final = 4096
+"""Most ranges of one ZERO; what the driver marks in one call."""
+
+_OFFSET_SIZE: Final = 8
+_RANGE_SIZE: Final = 16
+
+
+class Kind(IntEnum):
+    """What a frame is.  The comment says which way it goes and on which lane."""
+
+    CHALLENGE = 1  # destination, all lanes: JSON, first frame of a connection
+    HELLO = 2  # source, all lanes: MAC and JSON
+    WELCOME = 3  # destination, all lanes: MAC and JSON
+    REFUSE = 4  # destination, all lanes: JSON with the reason; the connection ends
+    DEVICE = 5  # source, control: a piece of QEMU's device state
+    DEVICE_END = 6  # source, control: that was all of it
+    PREPARED = 7  # destination, control: device state is loaded, the VM stands ready
+    COMMIT = 8  # source, control: JSON; from here on only the destination may run
+    RUNNING = 9  # destination, control: JSON; it does
+    COMPLETE = 10  # destination, control: JSON; every page is here, with the report
+    BYE = 11  # source, control: seen; both sides may forget
+    ABORT = 12  # both ways, control, before COMMIT: JSON with the reason
+    PAUSED = 13  # both ways, control, after COMMIT: JSON with the reason; pages do not flow
+    REQUEST = 16  # destination, urgent: offsets of pages that somebody waits for
+    DISCARD = 17  # destination, urgent: offsets of pages that the guest discarded while missing
+    PAGES = 18  # source, urgent and background: a run of pages
+    ZERO = 19  # source, urgent and background: ranges that are zero
+    END = 20  # source, background: this lane has nothing more to send
+
+
+MAX_LENGTH: Final[dict[Kind, int]] = {
+    Kind.CHALLENGE: MAX_JSON,
+    Kind.HELLO: MAX_JSON,
+    Kind.WELCOME: MAX_JSON,
+    Kind.REFUSE: MAX_JSON,
+    Kind.DEVICE: MAX_DEVICE,
+    Kind.DEVICE_END: 0,
+    Kind.PREPARED: MAX_JSON,
+    Kind.COMMIT: MAX_JSON,
+    Kind.RUNNING: MAX_JSON,
+    Kind.COMPLETE: MAX_JSON,
+    Kind.BYE: 0,
+    Kind.ABORT: MAX_JSON,
+    Kind.PAUSED: MAX_JSON,
+    Kind.REQUEST: MAX_OFFSETS * _OFFSET_SIZE,
+    Kind.DISCARD: MAX_OFFSETS * _OFFSET_SIZE,
+    Kind.PAGES: MAX_RUN,
+    Kind.ZERO: MAX_RANGES * _RANGE_SIZE,
+    Kind.END: 0,
+}
+
+# What else may come to, or from, a port: the first bytes of a connection and who says them.
+_FOREIGN: Final = (
+    (b"QEVM", "QEMU's own migration stream; use `umemctl migrate` on the source, not QEMU's `migrate`"),
+    (b"SSH-", "an SSH server"),
+    (b"GET ", "an HTTP client"),
+    (b"POST", "an HTTP client"),
+    (b"HTTP", "an HTTP server"),
+    (b"\x16\x03", "TLS"),
+    (b'{"QM', "a QMP monitor"),
+)
+
+
+class Header(NamedTuple):
+    """A frame's header.  length is bytes of payload; the meaning of the others depends on the kind."""
+
+    kind: Kind
+    length: int
+    area: int
+    count: int
+    pgoff: int
+
+
+def pack(kind: Kind, length: int = 0, area: int = 0, count: int = 0, pgoff: int = 0) -> bytes:
+    """Return a header."""
+    return HEADER.pack(MAGIC, VERSION, kind, length, area, 0, count, pgoff)
+
+
+def unpack(raw: bytes | bytearray | memoryview) -> Header:
+    """Read a header of HEADER_SIZE bytes.
+
+    Raises ForeignPeerError, VersionError, or ProtocolError for an unknown kind or a payload above its bound.
+    """
+    magic, version, kind, length, area, reserved, count, pgoff = HEADER.unpack_from(raw)
+    if magic != MAGIC:
+        raise ForeignPeerError(_describe_foreign(bytes(raw[:PREFIX_SIZE])))
+    if version != VERSION:
+        raise VersionError(f"the peer speaks version {version} of the protocol, this side version {VERSION}")
+    try:
+        known = Kind(kind)
+    except ValueError:
+        raise ProtocolError(f"unknown frame kind {kind}") from None
+    if length > MAX_LENGTH[known]:
+        raise ProtocolError(f"{known.name} frame of {length} bytes, at most {MAX_LENGTH[known]} are allowed")
+    if reserved:
+        raise ProtocolError(f"{known.name} frame with reserved field {reserved:#x}")
+    return Header(known, length, area, count, pgoff)
+
+
+def check_prefix(raw: bytes | bytearray | memoryview) -> None:
+    """Look at the first PREFIX_SIZE bytes alone, for a peer that may never send a whole header.
+
+    Raises ForeignPeerError or VersionError.
+    """
+    magic, version = struct.unpack_from("!HB", raw)
+    if magic != MAGIC:
+        raise ForeignPeerError(_describe_foreign(bytes(raw[:PREFIX_SIZE])))
+    if version != VERSION:
+        raise VersionError(f"the peer speaks version {version} of the protocol, this side version {VERSION}")
+
+
+def _describe_foreign(start: bytes) -> str:
+    for magic, who in _FOREIGN:
+        if start.startswith(magic):
+            return f"this is not umem's protocol but {who}"
+    return f"this is not umem's protocol (it starts with {start.hex(' ')})"
+
+
+# --- pages ---
+
+
+def check_range(what: str, area: str, pgoff: int, count: int, npages: int) -> None:
+    """Refuse an empty range and one past the end of the area.  Raises ProtocolError that names area and range."""
+    if count < 1 or pgoff >= npages or count > npages - pgoff:
+        raise ProtocolError(
+            f"{what} of {count} page(s) from page {pgoff} on, area {area} has {npages} pages"
+        )
+
+
+def pack_pages(area: int, pgoff: int, count: int, page_size: int) -> bytes:
+    """Return the header of a run of pages; count * page_size bytes follow it."""
+    return pack(Kind.PAGES, count * page_size, area, count, pgoff)
+
+
+def check_pages(header: Header, area: str, npages: int, page_size: int) -> None:
+    """Check a PAGES header against its area.  Raises ProtocolError."""
+    check_range("PAGES", area, header.pgoff, header.count, npages)
+    if header.length != header.count * page_size:
+        raise ProtocolError(
+            f"PAGES of {header.count} page(s) of area {area} with {header.length} bytes, "
+            f"{header.count * page_size} are expected"
+        )
+
+
+def pack_offsets(kind: Kind, area: int, offsets: Sequence[int]) -> bytes:
+    """Return a REQUEST or DISCARD frame, header and payload, of at most MAX_OFFSETS offsets."""
+    count = len(offsets)
+    if not 1 <= count <= MAX_OFFSETS:
+        raise ValueError(f"{count} offsets in one frame, 1..{MAX_OFFSETS} are allowed")
+    return pack(kind, count * _OFFSET_SIZE, area, count) + struct.pack(f"!{count}Q", *offsets)
+
+
+def unpack_offsets(
+    header: Header, payload: bytes | bytearray | memoryview, area: str, npages: int
+) -> tuple[int, ...]:
+    """Return the offsets of a REQUEST or DISCARD.  Raises ProtocolError for one past the end."""
+    if header.length != header.count * _OFFSET_SIZE or len(payload) != header.length or not header.count:
+        raise ProtocolError(
+            f"{header.kind.name} of {header.count} offset(s) with {header.length} bytes of payload"
+        )
+    offsets: tuple[int, ...] = struct.unpack(f"!{header.count}Q", payload)
+    highest = max(offsets)
+    if highest >= npages:
+        raise ProtocolError(f"{header.kind.name} for page {highest}, area {area} has {npages} pages")
+    return offsets
+
+
+def pack_ranges(area: int, ranges: Sequence[tuple[int, int]]) -> bytes:
+    """Return a ZERO frame, header and payload, of at most MAX_RANGES ranges (first page, count)."""
+    nr = len(ranges)
+    if not 1 <= nr <= MAX_RANGES:
+        raise ValueError(f"{nr} ranges in one frame, 1..{MAX_RANGES} are allowed")
+    words: Iterable[int] = (word for one in ranges for word in one)
+    return pack(Kind.ZERO, nr * _RANGE_SIZE, area, nr) + struct.pack(f"!{2 * nr}Q", *words)
+
+
+def unpack_ranges(
+    header: Header, payload: bytes | bytearray | memoryview, area: str, npages: int
+) -> list[tuple[int, int]]:
+    """Return the ranges of a ZERO.  Raises ProtocolError for an empty one or one past the end."""
+    if header.length != header.count * _RANGE_SIZE or len(payload) != header.length or not header.count:
+        raise ProtocolError(f"ZERO of {header.count} range(s) with {header.length} bytes of payload")
+    words = struct.unpack(f"!{2 * header.count}Q", payload)
+    ranges = list(zip(words[0::2], words[1::2], strict=True))
+    for pgoff, count in ranges:
+        check_range("ZERO", area, pgoff, count, npages)
+    return ranges
+
+
+# --- JSON ---
+
+
+def pack_json(kind: Kind, message: dict[str, Any], mac: bytes = b"") -> bytes:
+    """Return a frame with a JSON object, after a MAC where the kind has one."""
+    payload = mac + json.dumps(message, separators=(",", ":"), sort_keys=True).encode()
+    if len(payload) > MAX_LENGTH[kind]:
+        raise ValueError(f"{kind.name} of {len(payload)} bytes, at most {MAX_LENGTH[kind]} are allowed")
+    return pack(kind, len(payload)) + payload
+
+
+def unpack_json(kind: Kind, payload: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """Return the object of a JSON payload (without its MAC).  Raises ProtocolError."""
+    try:
+        message = json.loads(bytes(payload))
+    except (ValueError, RecursionError) as e:
+        raise ProtocolError(f"{kind.name} is not JSON: {e}") from None
+    if not isinstance(message, dict):
+        raise ProtocolError(f"{kind.name} is not a JSON object")
+    return message
