@@ -101,6 +101,8 @@ def inner_script(config: VmConfig) -> str:
     env.update(config.env)
     status = quote(str(BUILD / "vm" / f"{config.name}.status"))
     lines = ["#!/bin/bash", "# Written by tests/vm/harness.py for one run."]
+    if config.command is not None:
+        lines += ["exec 2>&1"]
     lines += [f"export {key}={quote(value)}" for key, value in env.items()]
     lines += [
         # A fresh /tmp; a checkout that lies under it stays where it is.
@@ -168,7 +170,6 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
     if not accel_kvm:
         argv += ["--disable-kvm"]
     for option in (
-        "console=ttyS1,115200",
         "loglevel=8",
         "ignore_loglevel",
         "printk.time=1",
@@ -179,11 +180,9 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
     if config.command is None:
         argv += ["--shell", str(script)]
     else:
-        argv += ["--script-sh", f"exec {shlex.quote(str(script))}"]
-    argv += ["--qemu-opts", "-serial", f"file:{config.log}"]
+        argv += ["--show-boot-console", "--script-sh", f"exec {shlex.quote(str(script))}"]
     if not accel_kvm:
-        # Multi-threaded emulation, and CPU features that make inner KVM work.
-        argv += ["-accel", "tcg,thread=multi"]
+        argv += ["--qemu-opts", "-accel", "tcg,thread=multi"]
     return argv
 
 
@@ -195,38 +194,44 @@ def _relay(source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def _execute(config: VmConfig, argv: list[str]) -> int | None:
-    """Run the machine to its end; None when it took too long."""
-    if config.command is None:
-        return subprocess.call(argv)
+    """Run the machine to its end; None when it took too long.
+
+    The machine's standard error is the kernel's console and goes to the log;
+    the command's own standard error comes with its standard output.
+    """
+    shell = config.command is None
     # QEMU opens its standard streams anew through /proc: with a file that
     # means two offsets and lost text, with a pipe it is right.
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    relays = [
-        threading.Thread(target=_relay, args=pair, daemon=True)
-        for pair in (
-            (process.stdout, sys.stdout.buffer),
-            (process.stderr, sys.stderr.buffer),
-        )
-    ]
-    for relay in relays:
-        relay.start()
-    try:
-        status: int | None = process.wait(timeout=config.timeout)
-    except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    for relay in relays:
-        relay.join(timeout=5)
+    with (
+        config.log.open("wb") as log,
+        subprocess.Popen(
+            argv,
+            stdin=None if shell else subprocess.DEVNULL,
+            stdout=None if shell else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=not shell,
+        ) as process,
+    ):
+        assert process.stderr is not None
+        pairs: list[tuple[IO[bytes], IO[bytes]]] = [(process.stderr, log)]
+        if process.stdout is not None:
+            pairs.append((process.stdout, sys.stdout.buffer))
+        relays = [threading.Thread(target=_relay, args=pair, daemon=True) for pair in pairs]
+        for relay in relays:
+            relay.start()
+        try:
+            status: int | None = process.wait(timeout=None if shell else config.timeout)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                if shell:
+                    process.kill()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for relay in relays:
+            relay.join(timeout=5)
     return status
 
 
