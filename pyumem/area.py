@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One area as its server sees it: the descriptors, the mapping of the backing file, requests and marks.
+"""One area as its server sees it: the descriptors, the mapping of the backing file, requests and
+marks.
 
-An Area owns its two descriptors and its mapping and frees them together.  It never decides what to fetch or when.
+An Area owns its two descriptors and its mapping and frees them together.  It never decides what to
+fetch or when.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Area:
 
     @classmethod
     def create(cls, name: str, size: int) -> Self:
-        """Create a named area of size bytes (rounded up to the granule), all of it missing.  Raises DriverError."""
+        """Create a named area of size bytes (rounded up to the granule), all of it missing.  Raises
+        DriverError.
+        """
         control = uapi.open_control()
         try:
             return cls(uapi.create(control, name, size), name)
@@ -60,7 +64,9 @@ class Area:
 
     @classmethod
     def reattach(cls, area_id: int, *, force: bool = False) -> Self:
-        """Take over an area whose server died, or with force one whose server hangs.  Raises DriverError."""
+        """Take over an area whose server died, or with force one whose server hangs.  Raises
+        DriverError.
+        """
         control = uapi.open_control()
         try:
             created = uapi.reattach(control, area_id, force)
@@ -70,7 +76,8 @@ class Area:
 
     @classmethod
     def from_fds(cls, server_fd: int, shmem_fd: int) -> Self:
-        """Make an Area of descriptors that another process created and handed over; they are owned from now on.
+        """Make an Area of descriptors that another process created and handed over; they are owned
+        from now on.
 
         Of an error the descriptors are closed.  Raises DriverError.
         """
@@ -80,7 +87,9 @@ class Area:
     def _named(cls, created: Created) -> Self:
         """Fill in what only the driver knows."""
         try:
-            known = uapi.info(created.server_fd, area=f"umem{created.id}" if created.id >= 0 else "")
+            known = uapi.info(
+                created.server_fd, area=f"umem{created.id}" if created.id >= 0 else ""
+            )
         except BaseException:
             os.close(created.server_fd)
             os.close(created.shmem_fd)
@@ -118,11 +127,15 @@ class Area:
     def view(self, pgoff: int, count: int) -> memoryview:
         """Return `count` pages of the backing file from page `pgoff` on, to receive into.
 
-        The caller releases it (`with area.view(...) as view`) before close().  ValueError past the end.
+        The caller releases it (`with area.view(...) as view`) before close().  ValueError past the
+        end.
         """
         if pgoff < 0 or count < 1 or pgoff + count > self.npages:
             raise ValueError(
-                f"area {self.name}: pages {pgoff}..{pgoff + count - 1} are not within its {self.npages}"
+                """Let requests() sleep or not.
+
+        The flag is of the open file, so that whoever shares the descriptor sees it too.
+        """
             )
         if self._view is None:
             self._view = memoryview(self.map)
@@ -131,18 +144,24 @@ class Area:
     # --- serving ---
 
     def set_blocking(self, blocking: bool) -> None:
-        """Let requests() sleep or not.  The flag is of the open file, so that whoever shares the descriptor sees it too."""
+        """Let requests() sleep or not.  The flag is of the open file, so that whoever shares the
+        descriptor sees it too.
+        """
         os.set_blocking(self.server_fd, blocking)
 
     def requests(self) -> memoryview:
-        """Return the next requests as 64-bit words pgoff, flags, pgoff, flags, ..., see RequestBuffer.get()."""
+        """Return the next requests as 64-bit words pgoff, flags, pgoff, flags, ..., see
+        RequestBuffer.get().
+        """
         return self._requests.get(self.server_fd)
 
     def mark(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Say that ranges of (first page, count of pages) are valid now, and wake who waits for them.
+        """Say that ranges of (first page, count of pages) are valid now, and wake who waits for
+        them.
 
-        Returns how many granules were missing before.  More ranges than one call takes are marked in several calls, each of which
-        takes effect as a whole.  Raises DriverError; what an earlier call marked stays marked.
+        Returns how many granules were missing before.  More ranges than one call takes are marked
+        in several calls, each of which takes effect as a whole.  Raises DriverError; what an
+        earlier call marked stays marked.
         """
         marks, nr_new = self._marks, 0
         marks.clear()
@@ -157,8 +176,8 @@ class Area:
     def close(self) -> None:
         """Close the descriptors and the mapping; again is harmless.
 
-        The area stays while a consumer has it open or mapped.  BufferError when a view() is still held: the descriptors are closed
-        then, the mapping stays until the view is released.
+        The area stays while a consumer has it open or mapped.  BufferError when a view() is still
+        held: the descriptors are closed then, the mapping stays until the view is released.
         """
         fds = (self.server_fd, self.shmem_fd)
         self.server_fd = self.shmem_fd = -1
@@ -173,6 +192,7 @@ class Area:
             self._map = None
 
     def __enter__(self) -> Self:
+        """Return the area itself."""
         return self
 
     def __exit__(
@@ -181,6 +201,7 @@ class Area:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close; while an exception is on its way, without one of its own about a held view."""
         if error is None:
             self.close()
         else:

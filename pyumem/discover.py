@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import pyudev  # type: ignore[import-untyped]
+import pyudev
 
 from pyumem.area import node_path
 from pyumem.errors import DriverError
@@ -19,12 +19,15 @@ from pyumem.errors import DriverError
 SUBSYSTEM: Final = "umem"
 UDEV_CONTROL: Final = Path("/run/udev/control")
 _SLICE: Final = 1.0
-"""Longest sleep between two looks at the node, in seconds: the netlink socket may drop a message."""
+"""Longest sleep between two looks at the node, in seconds: the netlink socket may drop a message.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An area by its node.  Sizes are bytes, cached granules, delivered requests; server_pid is 0 without a server."""
+    """An area by its node.  Sizes are bytes, cached granules, delivered requests; server_pid is 0
+    without a server.
+    """
 
     id: int
     path: str
@@ -67,7 +70,7 @@ def _node(device: pyudev.Device) -> Node:
 def _state(path: str, access: int) -> int:
     """Return 0 when the node can be used, else the errno that says why not."""
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError as e:
         return e.errno or errno.EIO
     if not stat.S_ISCHR(mode):
@@ -78,9 +81,10 @@ def _state(path: str, access: int) -> int:
 def wait_for_node(area_id: int, timeout: float, *, access: int = os.R_OK | os.W_OK) -> Path:
     """Wait until /dev/umemN exists and this process may use it; return its path.
 
-    timeout is in seconds.  Where udevd runs its own events are awaited, since a rule of its may change the permissions after the
-    kernel made the node; else the kernel's.  Raises DriverError after the timeout: ENOENT when there is no node, EACCES when its
-    permissions do not allow `access`, ENODEV when something else is in its place.
+    timeout is in seconds.  Where udevd runs its own events are awaited, since a rule of its may
+    change the permissions after the kernel made the node; else the kernel's.  Raises DriverError
+    after the timeout: ENOENT when there is no node, EACCES when its permissions do not allow
+    `access`, ENODEV when something else is in its place.
     """
     path = node_path(area_id)
     deadline = time.monotonic() + timeout
@@ -92,6 +96,8 @@ def wait_for_node(area_id: int, timeout: float, *, access: int = os.R_OK | os.W_
     while problem := _state(path, access):
         left = deadline - time.monotonic()
         if left <= 0:
-            raise DriverError(f"no usable {path} after {timeout:g} s", problem, area=f"umem{area_id}")
+            raise DriverError(
+                f"no usable {path} after {timeout:g} s", problem, area=f"umem{area_id}"
+            )
         monitor.poll(timeout=min(left, _SLICE))
     return Path(path)

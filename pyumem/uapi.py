@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The driver's ioctls and structures, and nothing else: the one file that knows kmod/include/uapi/linux/umem.h.
+"""The driver's ioctls and structures, and nothing else: the one file that knows
+kmod/include/uapi/linux/umem.h.
 
-It holds no policy and no state of an area.  Numbers are computed the way <linux/ioctl.h> does it; tests/unit/test_uapi.py compares
-them, and every size and offset, with what a C compiler makes of the header.
+It holds no policy and no state of an area.  Numbers are computed the way <linux/ioctl.h> does it;
+tests/unit/test_uapi.py compares them, and every size and offset, with what a C compiler makes of
+the header.
 
-Every function loops on EINTR (the ioctl functions of Python do not before 3.14), so that a signal handler of Python's runs and the call goes on,
-and turns OSError into errors.DriverError.  `area` is only text for that error.
+Every function loops on EINTR (the ioctl functions of Python do not before 3.14), so that a signal
+handler of Python's runs and the call goes on, and turns OSError into errors.DriverError.  `area` is
+only text for that error.
 """
 
 from __future__ import annotations
@@ -62,9 +65,13 @@ MARK_MAX: Final = 4096
 
 
 class Layout:
-    """A C structure without padding: its members in order, each with its struct format letter(s)."""
+        """Return the structure with the given members set and all others zero.
+
+        Zeros follow it up to `room` bytes.
+        """
 
     def __init__(self, tag: str, members: tuple[tuple[str, str], ...]) -> None:
+        """Lay out `members`; none of them may need padding before it."""
         self.tag = tag
         self.members = members
         # "=": sizes as the kernel's __u32 and so on, native byte order, no padding of struct's own.
@@ -80,7 +87,9 @@ class Layout:
             offset += size
 
     def pack(self, *, room: int = 0, **values: int | bytes) -> bytearray:
-        """Return the structure with the given members set and all others zero, followed by zeros up to `room` bytes."""
+        """Return the structure with the given members set and all others zero, followed by zeros up
+        to `room` bytes.
+        """
         unknown = values.keys() - {name for name, _ in self.members}
         if unknown:
             raise ValueError(f"struct {self.tag} has no {', '.join(sorted(unknown))}")
@@ -191,8 +200,9 @@ UMEM_REATTACH_FORCE: Final = 1 << 0
 UMEM_REQUEST_ASYNC: Final = 1 << 0
 UMEM_REQUEST_DISCARDED: Final = 1 << 1
 
-# fcntl.ioctl() copies an argument of up to 1024 bytes into a buffer of its own and, before Python 3.13, then keeps the interpreter
-# lock during the call.  A call that may sleep gets a longer argument, which is passed as it is and without the lock.
+# fcntl.ioctl() copies an argument of up to 1024 bytes into a buffer of its own and, before Python
+# 3.13, then keeps the interpreter lock during the call.  A call that may sleep gets a longer
+# argument, which is passed as it is and without the lock.
 _UNLOCKED: Final = 1025
 
 
@@ -209,7 +219,9 @@ class UmemInit:
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """An area that was created or re-attached.  Sizes are in bytes; the caller owns both descriptors."""
+    """An area that was created or re-attached.  Sizes are in bytes; the caller owns both
+    descriptors.
+    """
 
     id: int
     size: int
@@ -220,7 +232,9 @@ class Created:
 
 @dataclass(frozen=True, slots=True)
 class AreaInfo:
-    """What the driver knows of an area.  size and granule_size are bytes, nr_cached granules, nr_delivered requests."""
+    """What the driver knows of an area.  size and granule_size are bytes, nr_cached granules,
+    nr_delivered requests.
+    """
 
     id: int
     name: str
@@ -274,7 +288,8 @@ def _call(fd: int, number: int, arg: bytearray) -> None:
 def open_control(path: str = DEVICE) -> int:
     """Open the control node and return its descriptor.
 
-    Raises DriverError: ENOENT when the driver is not loaded, EACCES when the node's permissions do not allow it.
+    Raises DriverError: ENOENT when the driver is not loaded, EACCES when the node's permissions do
+    not allow it.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -297,11 +312,13 @@ def init(fd: int, size: int) -> UmemInit:
 def create(fd: int, name: str, size: int, *, granule_size: int = 0, flags: int = 0) -> Created:
     """Create the named area.  size in bytes; granule_size in bytes, 0 for the host page.
 
-    Raises DriverError: EEXIST (name in use), EINVAL (name, size, flags, granule), EMFILE, ENFILE, ENOMEM, ENOSPC.
+    Raises DriverError: EEXIST (name in use), EINVAL (name, size, flags, granule), EMFILE, ENFILE,
+    ENOMEM, ENOSPC.
     """
     raw = name.encode()
     if len(raw) > NAME_MAX:
-        # struct would cut it silently; a full array without its NUL is left to the driver to refuse.
+        # struct would cut it silently; a full array without its NUL is left to the driver to
+        # refuse.
         raise DriverError("create: name too long", errno.EINVAL, area=name)
     arg = CREATE.pack(size=size, granule_size=granule_size, flags=flags, name=raw)
     try:
@@ -309,15 +326,14 @@ def create(fd: int, name: str, size: int, *, granule_size: int = 0, flags: int =
     except OSError as e:
         raise DriverError(f"create, {size} bytes", e.errno or errno.EIO, area=name) from e
     got = CREATE.ints(arg)
-    return Created(
-        got["id"], got["size"], got["granule_size"], got["server_fd"], got["shmem_fd"]
-    )
+    return Created(got["id"], got["size"], got["granule_size"], got["server_fd"], got["shmem_fd"])
 
 
 def reattach(fd: int, area_id: int, force: bool = False) -> Created:
     """Become the server of an area that lost its own, or with force also of one that has not.
 
-    Raises DriverError: ENOENT (no such area), EPERM, EBUSY (it has a server), EMFILE, ENFILE, ENOMEM.
+    Raises DriverError: ENOENT (no such area), EPERM, EBUSY (it has a server), EMFILE, ENFILE,
+    ENOMEM.
     """
     arg = REATTACH.pack(id=area_id, flags=UMEM_REATTACH_FORCE if force else 0)
     try:
@@ -325,9 +341,7 @@ def reattach(fd: int, area_id: int, force: bool = False) -> Created:
     except OSError as e:
         raise DriverError("re-attach", e.errno or errno.EIO, area=f"umem{area_id}") from e
     got = REATTACH.ints(arg)
-    return Created(
-        got["id"], got["size"], got["granule_size"], got["server_fd"], got["shmem_fd"]
-    )
+    return Created(got["id"], got["size"], got["granule_size"], got["server_fd"], got["shmem_fd"])
 
 
 def _area_info(buf: bytearray) -> AreaInfo:
@@ -346,7 +360,9 @@ def _area_info(buf: bytearray) -> AreaInfo:
 
 
 def info(fd: int, area: str = "") -> AreaInfo:
-    """Describe the area behind a server's descriptor.  Raises DriverError: ENODEV (fenced), ENXIO (before UMEM_INIT)."""
+    """Describe the area behind a server's descriptor.  Raises DriverError: ENODEV (fenced), ENXIO
+    (before UMEM_INIT).
+    """
     arg = INFO.pack()
     try:
         _call(fd, UMEM_GET_INFO, arg)
@@ -377,7 +393,9 @@ def list_areas(fd: int, *, room: int = 64) -> list[AreaInfo]:
 
 
 class RequestBuffer:
-    """Room for requests of one server, used again for every call, so that nothing is allocated per request."""
+    """Room for requests of one server, used again for every call, so that nothing is allocated per
+    request.
+    """
 
     def __init__(self, nr: int, area: str = "") -> None:
         """Make room for nr requests, at least one."""
@@ -388,16 +406,15 @@ class RequestBuffer:
         self._words = array.array("Q", bytes(PAGE_REQUEST.size * nr))
         self._view = memoryview(self._words)
         # Packed once; only nr changes, in both directions.
-        self._arg = PAGE_REQUESTS.pack(
-            requests=self._words.buffer_info()[0], nr=nr, room=_UNLOCKED
-        )
+        self._arg = PAGE_REQUESTS.pack(requests=self._words.buffer_info()[0], nr=nr, room=_UNLOCKED)
         self._nr_at = next(at for name, at, _ in PAGE_REQUESTS.offsets() if name == "nr")
 
     def get(self, fd: int) -> memoryview:
         """Return the next requests as 64-bit words: pgoff, flags, pgoff, flags, ...
 
-        Sleeps until there is one; of a descriptor with O_NONBLOCK it returns an empty view instead.  The view is valid until the
-        next get().  Raises DriverError: ENODEV (fenced by another server), ENXIO (before UMEM_INIT).
+        Sleeps until there is one; of a descriptor with O_NONBLOCK it returns an empty view instead.
+        The view is valid until the next get().  Raises DriverError: ENODEV (fenced by another
+        server), ENXIO (before UMEM_INIT).
         """
         struct.pack_into("=I", self._arg, self._nr_at, self.nr)
         try:
@@ -405,9 +422,7 @@ class RequestBuffer:
         except BlockingIOError:
             return self._view[:0]
         except OSError as e:
-            raise DriverError(
-                "UMEM_GET_PAGE_REQUEST", e.errno or errno.EIO, area=self._area
-            ) from e
+            raise DriverError("UMEM_GET_PAGE_REQUEST", e.errno or errno.EIO, area=self._area) from e
         (nr,) = struct.unpack_from("=I", self._arg, self._nr_at)
         return self._view[: 2 * nr]
 
@@ -435,7 +450,9 @@ class MarkBuffer:
         return self._used == self.nr
 
     def add(self, pgoff: int, count: int) -> None:
-        """Add a range, in pages.  One that goes on where the last one ended is joined to it.  BufferError when full."""
+        """Add a range, in pages.  One that goes on where the last one ended is joined to it.
+        BufferError when full.
+        """
         words, at = self._words, 2 * self._used
         if at and words[at - 2] + words[at - 1] == pgoff:
             words[at - 1] += count
@@ -453,8 +470,8 @@ class MarkBuffer:
     def flush(self, fd: int) -> int:
         """Mark what was added and return how many granules were missing before.
 
-        On an error nothing was marked and the ranges stay.  Raises DriverError: EINVAL (an empty range or one past the end),
-        ENOMEM, ENODEV (fenced), ENXIO (before UMEM_INIT).
+        On an error nothing was marked and the ranges stay.  Raises DriverError: EINVAL (an empty
+        range or one past the end), ENOMEM, ENODEV (fenced), ENXIO (before UMEM_INIT).
         """
         if not self._used:
             return 0

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What area.py does without a driver: ownership of descriptors and mapping, batching of marks, bounds."""
+"""What area.py does without a driver: ownership of descriptors and mapping, batching of marks,
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def created(tmp_path: Path) -> Iterator[uapi.Created]:
 
 
 def is_open(fd: int) -> bool:
-    return os.path.exists(f"/proc/self/fd/{fd}")
+    return Path(f"/proc/self/fd/{fd}").exists()
 
 
 def test_views_reach_the_backing_file(created: uapi.Created) -> None:
@@ -43,7 +45,7 @@ def test_views_reach_the_backing_file(created: uapi.Created) -> None:
             view[:4] = b"page"
         assert os.pread(created.shmem_fd, 4, 2 * PAGE_SIZE) == b"page"
         for pgoff, count in ((-1, 1), (0, 0), (0, NPAGES + 1), (NPAGES, 1), (1 << 60, 1)):
-            with pytest.raises(ValueError, match="vm.ram0"):
+            with pytest.raises(ValueError, match=r"vm\.ram0"):
                 area.view(pgoff, count)
     assert not is_open(created.server_fd)
     assert not is_open(created.shmem_fd)
@@ -77,7 +79,7 @@ def test_a_failure_is_not_hidden_by_a_held_view(created: uapi.Created) -> None:
 def test_mark_batches(created: uapi.Created, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
 
-    def flush(self: uapi.MarkBuffer, fd: int) -> int:
+    def flush(self: uapi.MarkBuffer, _fd: int) -> int:
         batches.append(len(self))
         self.clear()
         return batches[-1]

@@ -19,7 +19,7 @@ from pyumem.errors import DriverError
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "umem3"
-    monkeypatch.setattr(discover, "node_path", lambda area_id: str(path))
+    monkeypatch.setattr(discover, "node_path", lambda _id: str(path))
     return path
 
 
@@ -31,9 +31,10 @@ def test_a_node_that_is_there_is_not_waited_for(node: Path) -> None:
     assert time.monotonic() - began < 1
 
 
-def test_no_node_is_an_error_with_its_name(node: Path) -> None:
+@pytest.mark.usefixtures("node")
+def test_no_node_is_an_error_with_its_name() -> None:
     began = time.monotonic()
-    with pytest.raises(DriverError, match="area umem3: no usable .*umem3 after 0.2 s") as caught:
+    with pytest.raises(DriverError, match=r"area umem3: no usable .*umem3 after 0\.2 s") as caught:
         discover.wait_for_node(3, 0.2)
     assert caught.value.errno == errno.ENOENT
     assert 0.2 <= time.monotonic() - began < 2
@@ -58,7 +59,7 @@ def test_missing_permission_is_told_from_a_missing_node(
     node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.symlink_to("/dev/null")
-    monkeypatch.setattr(os, "access", lambda path, mode, **kw: False)  # root may do anything
+    monkeypatch.setattr(os, "access", lambda *_args, **_more: False)  # root may do anything
     with pytest.raises(DriverError) as caught:
         discover.wait_for_node(3, 0)
     assert caught.value.errno == errno.EACCES
@@ -97,7 +98,7 @@ def test_list_is_by_id_and_survives_an_area_that_goes(monkeypatch: pytest.Monkey
     gone = device(4)
     del gone.attributes["size"]
     devices = [device(10), gone, device(2, served="0", server_pid="0")]
-    context = SimpleNamespace(list_devices=lambda subsystem: devices)
+    context = SimpleNamespace(list_devices=lambda **_filter: devices)
     monkeypatch.setattr("pyumem.discover.pyudev.Context", lambda: context)
     assert discover.list_nodes() == [
         discover.Node(2, "/dev/umem2", "vm2.ram0", 1048576, 4096, 3, 5, False, 0),

@@ -59,7 +59,9 @@ def compile_c(text: str, tmp_path: Path, *flags: str) -> Path:
 
 
 def flags_32() -> tuple[str, ...]:
-    """-m32 without a 32-bit libc: <asm/types.h> is then taken from the native architecture's folder."""
+    """-m32 without a 32-bit libc: <asm/types.h> is then taken from the native architecture's
+    folder.
+    """
     multiarch = subprocess.run(
         ["gcc", "-print-multiarch"], check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -90,7 +92,7 @@ def test_layout_is_the_same_for_32_bit(tmp_path: Path) -> None:
 def test_the_32_bit_check_can_fail(tmp_path: Path) -> None:
     wrong = dict(expected())
     wrong["sizeof(struct umem_list)"] += 4
-    with pytest.raises(AssertionError, match="static assertion failed.*umem_list"):
+    with pytest.raises(AssertionError, match=r"static assertion failed.*umem_list"):
         compile_c(asserts(wrong), tmp_path, *flags_32())
 
 
@@ -128,7 +130,7 @@ def test_pack_sets_and_zeroes() -> None:
 
 
 def test_a_call_that_may_sleep_lets_other_threads_run() -> None:
-    """Python copies arguments up to 1024 bytes and, before 3.13, calls with the interpreter locked."""
+    """Python copies up to 1024 bytes and, before 3.13, then calls with the interpreter locked."""
     buffer = uapi.RequestBuffer(4)
     assert len(buffer._arg) > 1024
     assert bytes(buffer._arg[uapi.PAGE_REQUESTS.size :]).strip(b"\0") == b""
@@ -159,7 +161,7 @@ def test_mark_buffer_joins_and_bounds() -> None:
 
 def test_errors_name_area_and_range(tmp_path: Path) -> None:
     """On a file that is no area every ioctl gives ENOTTY."""
-    with open(tmp_path / "plain", "w+b") as plain:
+    with (tmp_path / "plain").open("w+b") as plain:
         fd = plain.fileno()
         marks = uapi.MarkBuffer(area="vm.ram0")
         marks.add(100, 10)
@@ -169,7 +171,7 @@ def test_errors_name_area_and_range(tmp_path: Path) -> None:
         assert caught.value.errno == errno.ENOTTY
         assert caught.value.pages == (7, 103)
         assert len(marks) == 2  # kept: nothing was marked
-        with pytest.raises(DriverError, match="vm.ram0"):
+        with pytest.raises(DriverError, match=r"vm\.ram0"):
             uapi.RequestBuffer(1, area="vm.ram0").get(fd)
         for call in (
             lambda: uapi.info(fd, area="vm.ram0"),
@@ -203,7 +205,7 @@ class FakeDriver:
         self.calls = 0
         self.interrupt = True
 
-    def ioctl(self, fd: int, number: int, arg: bytearray) -> int:
+    def ioctl(self, _fd: int, number: int, arg: bytearray) -> int:
         if self.interrupt:
             self.interrupt = False
             raise InterruptedError
