@@ -132,10 +132,7 @@ class Area:
         """
         if pgoff < 0 or count < 1 or pgoff + count > self.npages:
             raise ValueError(
-                """Let requests() sleep or not.
-
-        The flag is of the open file, so that whoever shares the descriptor sees it too.
-        """
+                f"area {self.name}: pages {pgoff}..{pgoff + count - 1} are outside its {self.npages}"
             )
         if self._view is None:
             self._view = memoryview(self.map)

@@ -65,10 +65,7 @@ MARK_MAX: Final = 4096
 
 
 class Layout:
-        """Return the structure with the given members set and all others zero.
-
-        Zeros follow it up to `room` bytes.
-        """
+    """A C structure without padding: its members in order, each with its struct format."""
 
     def __init__(self, tag: str, members: tuple[tuple[str, str], ...]) -> None:
         """Lay out `members`; none of them may need padding before it."""
