@@ -44,11 +44,20 @@ $(STAMPS)/apt: scripts/setup-apt.sh scripts/lib.sh
 $(STAMPS)/venv: pyproject.toml scripts/setup-venv.sh | $(STAMPS)/apt
 	@scripts/setup-venv.sh
 
+$(STAMPS)/vm-image: scripts/make-vm-image.sh $(STAMPS)/venv
+	@scripts/make-vm-image.sh
+
+$(STAMPS)/guest: scripts/setup-guest.sh $(wildcard tests/guest/*) | $(STAMPS)/apt
+	@scripts/setup-guest.sh
+
+$(STAMPS)/qemu-10.0: scripts/setup-qemu10.sh | $(STAMPS)/apt
+	@scripts/setup-qemu10.sh
+
 $(STAMPS)/kernel-%: scripts/setup-kernel.sh | $(STAMPS)/apt
 	@scripts/setup-kernel.sh $*
 
 .PHONY: setup
-setup: $(STAMPS)/venv $(KERNELS:%=$(STAMPS)/kernel-%) ## get packages, .venv, test kernels, QEMU 10 and the inner guest
+setup: $(STAMPS)/venv $(KERNELS:%=$(STAMPS)/kernel-%) $(STAMPS)/vm-image $(STAMPS)/guest $(STAMPS)/qemu-10.0 ## get packages, .venv, test kernels, QEMU 10 and the inner guest
 
 .PHONY: module
 module: $(THE_KERNELS:%=module-%) ## build umem.ko for the test kernels, or for KERNEL=6.1|6.12
@@ -58,7 +67,7 @@ $(KERNELS:%=module-%): module-%: $(STAMPS)/kernel-%
 	@scripts/build-module.sh $*
 
 .PHONY: vm
-vm: $(STAMPS)/venv module-$(ONE_KERNEL) ## run CMD='...' in the test VM, a shell without CMD (KERNEL= MEM= CPUS=)
+vm: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## run CMD='...' in the test VM, a shell without CMD (KERNEL= MEM= CPUS=)
 	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $(NAME) \
 		$(if $(CMD),--shell-command "$$CMD")
 export CMD

@@ -112,6 +112,7 @@ def inner_script(config: VmConfig) -> str:
         if str(ROOT).startswith("/tmp/")
         else "",
         "mount --move /run/new-tmp /tmp",
+        *_lay_image_over(),
         f"cd {root} || exit 1",
         "ip link set lo up",
         "modprobe -q kvm_amd || modprobe -q kvm_intel",
@@ -145,6 +146,21 @@ def inner_script(config: VmConfig) -> str:
         "exit $rc",
     ]
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def _lay_image_over() -> list[str]:
+    """Return the shell lines that put scripts/make-vm-image.sh's disk in place."""
+    venv = shlex.quote(str(ROOT / ".venv"))
+    return [
+        "modprobe -a virtio_blk ext4 overlay && mkdir -p /run/image",
+        "for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/vda ] && break; sleep 0.1; done",
+        "mount -t ext4 -o ro,noload /dev/vda /run/image",
+        f"mount -t overlay -o lowerdir=/run/image/venv:{venv} venv {venv}",
+        # The modules hang below /usr/lib on a mount of their own.
+        "mkdir -p /run/modules && mount --bind /usr/lib/modules /run/modules",
+        "mount -t overlay -o lowerdir=/run/image/usr:/usr usr /usr",
+        "mount --bind /run/modules /usr/lib/modules",
+    ]
 
 
 def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
@@ -181,8 +197,11 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
         argv += ["--shell", str(script)]
     else:
         argv += ["--show-boot-console", "--script-sh", f"exec {shlex.quote(str(script))}"]
+    argv += ["--qemu-opts"]
     if not accel_kvm:
-        argv += ["--qemu-opts", "-accel", "tcg,thread=multi"]
+        argv += ["-accel", "tcg,thread=multi"]
+    image = BUILD / "vm" / "root.img"
+    argv += ["-drive", f"file={image},format=raw,if=virtio,readonly=on,file.locking=off"]
     return argv
 
 
