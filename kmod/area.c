@@ -1,0 +1,525 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * area.c - the life of an area: its backing file, its node, its end
+ *
+ * An area lives while it has a server, an open node or a mapping.  Each of them
+ * is a file, or holds one, whose operations are ours: the file holds a reference
+ * to the area and, as its owner, to the module, and the release of the last one
+ * destroys the area.  A task that sleeps in the fault path holds the VMA's file
+ * for the same end.
+ *
+ * Locking: umem_areas_mutex protects which areas exist: umem_areas, and the
+ * uniqueness of names.  An area whose count has dropped to zero may still be
+ * found there; umem_area_find() does not hand it out.
+ *
+ * Copyright (C) 2026 The umem authors
+ */
+#include <linux/cdev.h>
+#include <linux/ctype.h>
+#include <linux/device.h>
+#include <linux/fcntl.h>
+#include <linux/module.h>
+#include <linux/mount.h>
+#include <linux/shmem_fs.h>
+#include <linux/slab.h>
+#include <linux/user_namespace.h>
+#include <linux/xarray.h>
+
+#include "umem.h"
+
+static unsigned int max_areas = 1024;
+module_param(max_areas, uint, 0444);
+MODULE_PARM_DESC(max_areas, "Most areas alive at a time (default 1024)");
+
+static unsigned int max_area_gib = 16384;
+module_param(max_area_gib, uint, 0644);
+MODULE_PARM_DESC(max_area_gib, "Largest area in GiB (default 16384)");
+
+static DEFINE_MUTEX(umem_areas_mutex);
+static DEFINE_XARRAY_ALLOC(umem_areas);
+static struct vfsmount *umem_mnt;
+
+static dev_t umem_devt;
+static struct cdev umem_node_cdev;
+
+static struct class umem_class = {
+	.name = "umem",
+};
+
+/* Attributes in /sys/class/umem/umemN. */
+
+static ssize_t name_show(struct device *dev, struct device_attribute *attr,
+			 char *buf)
+{
+	struct umem_area *area = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%s\n", area->name);
+}
+static DEVICE_ATTR_RO(name);
+
+static ssize_t size_show(struct device *dev, struct device_attribute *attr,
+			 char *buf)
+{
+	return sysfs_emit(buf, "%llu\n", umem_area_size(dev_get_drvdata(dev)));
+}
+static DEVICE_ATTR_RO(size);
+
+static ssize_t granule_size_show(struct device *dev,
+				 struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%lu\n", PAGE_SIZE);
+}
+static DEVICE_ATTR_RO(granule_size);
+
+static ssize_t cached_show(struct device *dev, struct device_attribute *attr,
+			   char *buf)
+{
+	struct umem_area *area = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%ld\n", atomic_long_read(&area->nr_cached));
+}
+static DEVICE_ATTR_RO(cached);
+
+static ssize_t delivered_show(struct device *dev,
+			      struct device_attribute *attr, char *buf)
+{
+	struct umem_area *area = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%ld\n", atomic_long_read(&area->nr_delivered));
+}
+static DEVICE_ATTR_RO(delivered);
+
+static ssize_t served_show(struct device *dev, struct device_attribute *attr,
+			   char *buf)
+{
+	bool served;
+
+	umem_server_pid(dev_get_drvdata(dev), &served);
+	return sysfs_emit(buf, "%d\n", served);
+}
+static DEVICE_ATTR_RO(served);
+
+static ssize_t server_pid_show(struct device *dev,
+			       struct device_attribute *attr, char *buf)
+{
+	bool served;
+
+	return sysfs_emit(buf, "%d\n",
+			  umem_server_pid(dev_get_drvdata(dev), &served));
+}
+static DEVICE_ATTR_RO(server_pid);
+
+static struct attribute *umem_area_attrs[] = {
+	&dev_attr_name.attr,
+	&dev_attr_size.attr,
+	&dev_attr_granule_size.attr,
+	&dev_attr_cached.attr,
+	&dev_attr_delivered.attr,
+	&dev_attr_served.attr,
+	&dev_attr_server_pid.attr,
+	NULL
+};
+ATTRIBUTE_GROUPS(umem_area);
+
+static char *umem_area_devnode(umem_devnode_arg *dev, umode_t *mode,
+			       kuid_t *uid, kgid_t *gid)
+{
+	struct umem_area *area = dev_get_drvdata(dev);
+
+	*mode = 0660;
+	*uid = area->uid;
+	*gid = area->gid;
+	return NULL;
+}
+
+static const struct device_type umem_area_type = {
+	.name		= "umem_area",
+	.groups		= umem_area_groups,
+	.devnode	= umem_area_devnode,
+};
+
+static void umem_area_dev_release(struct device *dev)
+{
+	kfree(dev);
+}
+
+/**
+ * umem_area_add_node() - make /dev/umemN
+ * @area: the area, which has none yet
+ *
+ * Return: 0 or a negative error code.
+ */
+int umem_area_add_node(struct umem_area *area)
+{
+	struct device *dev;
+	int ret;
+
+	dev = kzalloc(sizeof(*dev), GFP_KERNEL);
+	if (!dev)
+		return -ENOMEM;
+
+	device_initialize(dev);
+	dev->class = &umem_class;
+	dev->type = &umem_area_type;
+	dev->devt = umem_devt + area->id;
+	dev->release = umem_area_dev_release;
+	dev_set_drvdata(dev, area);
+	ret = dev_set_name(dev, "umem%u", area->id);
+	if (!ret)
+		ret = device_add(dev);
+	if (ret) {
+		put_device(dev);
+		return ret;
+	}
+	area->dev = dev;
+	return 0;
+}
+
+static void umem_area_destroy(struct umem_area *area)
+{
+	if (area->dev)
+		device_unregister(area->dev);
+
+	mutex_lock(&umem_areas_mutex);
+	xa_erase(&umem_areas, area->id);
+	mutex_unlock(&umem_areas_mutex);
+
+	fput(area->backing);
+	kvfree(area->discarded);
+	kvfree(area->requested);
+	kvfree(area->cached);
+	kfree(area);
+}
+
+static void umem_area_release(struct kref *ref)
+{
+	umem_area_destroy(container_of(ref, struct umem_area, ref));
+}
+
+/**
+ * umem_area_get() - take another reference
+ * @area: the area, of which the caller holds one already
+ */
+void umem_area_get(struct umem_area *area)
+{
+	kref_get(&area->ref);
+}
+
+/**
+ * umem_area_put() - drop a reference
+ * @area: the area; it may be destroyed here, so the caller may sleep and holds
+ *	no lock
+ */
+void umem_area_put(struct umem_area *area)
+{
+	kref_put(&area->ref, umem_area_release);
+}
+
+/**
+ * umem_area_find() - look an area up
+ * @id: its number
+ *
+ * Return: the area, with a reference for the caller, or NULL.
+ */
+struct umem_area *umem_area_find(u32 id)
+{
+	struct umem_area *area;
+
+	mutex_lock(&umem_areas_mutex);
+	area = xa_load(&umem_areas, id);
+	if (area && !kref_get_unless_zero(&area->ref))
+		area = NULL;
+	mutex_unlock(&umem_areas_mutex);
+	return area;
+}
+
+/* Give the area its id, if its name is free. */
+static int umem_area_publish(struct umem_area *area)
+{
+	struct umem_area *other;
+	unsigned long index;
+	int ret = 0;
+
+	mutex_lock(&umem_areas_mutex);
+	if (area->name[0]) {
+		xa_for_each(&umem_areas, index, other)
+			if (kref_read(&other->ref) &&
+			    !strcmp(other->name, area->name))
+				ret = -EEXIST;
+	}
+	if (!ret)
+		ret = xa_alloc(&umem_areas, &area->id, area,
+			       XA_LIMIT(0, max_areas - 1), GFP_KERNEL);
+	mutex_unlock(&umem_areas_mutex);
+	return ret == -EBUSY ? -ENOSPC : ret;
+}
+
+static bool umem_name_is_valid(const char *name)
+{
+	for (; *name; name++)
+		if (!isascii(*name) ||
+		    (!isalnum(*name) && !strchr("._:+-", *name)))
+			return false;
+	return true;
+}
+
+/**
+ * umem_area_create() - make an area
+ * @size: bytes, rounded up to the page here
+ * @name: NUL-terminated, shorter than UMEM_NAME_MAX; empty for none
+ *
+ * Return: the area, with a reference for the caller, or an ERR_PTR().
+ */
+struct umem_area *umem_area_create(u64 size, const char *name)
+{
+	char file_name[UMEM_NAME_MAX + sizeof("umem:")];
+	struct umem_area *area;
+	int ret;
+
+	if (!size || size > (u64)READ_ONCE(max_area_gib) << 30 ||
+	    size > MAX_LFS_FILESIZE - PAGE_SIZE || !umem_name_is_valid(name))
+		return ERR_PTR(-EINVAL);
+
+	area = kzalloc(sizeof(*area), GFP_KERNEL_ACCOUNT);
+	if (!area)
+		return ERR_PTR(-ENOMEM);
+
+	kref_init(&area->ref);
+	area->npages = DIV_ROUND_UP_ULL(size, PAGE_SIZE);
+	strscpy(area->name, name, sizeof(area->name));
+	area->uid = current_fsuid();
+	area->gid = current_fsgid();
+	spin_lock_init(&area->server_lock);
+	umem_requests_init(area);
+
+	ret = -ENOMEM;
+	area->cached = kvcalloc(BITS_TO_LONGS(area->npages), sizeof(long),
+				GFP_KERNEL_ACCOUNT);
+	area->requested = kvcalloc(BITS_TO_LONGS(area->npages), sizeof(long),
+				   GFP_KERNEL_ACCOUNT);
+	if (!area->cached || !area->requested)
+		goto free;
+
+	snprintf(file_name, sizeof(file_name), "umem:%s", area->name);
+	area->backing = shmem_file_setup_with_mnt(umem_mnt, file_name,
+						  umem_area_size(area),
+						  VM_NORESERVE);
+	if (IS_ERR(area->backing)) {
+		ret = PTR_ERR(area->backing);
+		goto free;
+	}
+	/* ftruncate() to the size that it has is the only one that is let. */
+	SHMEM_I(file_inode(area->backing))->seals |= F_SEAL_SHRINK | F_SEAL_GROW;
+
+	ret = umem_area_publish(area);
+	if (ret)
+		goto put_backing;
+	return area;
+
+put_backing:
+	fput(area->backing);
+free:
+	kvfree(area->requested);
+	kvfree(area->cached);
+	kfree(area);
+	return ERR_PTR(ret);
+}
+
+/**
+ * umem_area_open_backing() - open the backing file once more
+ * @area: the area
+ *
+ * An open of its own for each purpose: VMAs of the server must not have the
+ * same file as those of a consumer, or the mm may merge them.  Unlike the file of
+ * shmem_file_setup() it can be used with pread() and pwrite().
+ *
+ * Return: the file, or an ERR_PTR().
+ */
+struct file *umem_area_open_backing(struct umem_area *area)
+{
+	return dentry_open(&area->backing->f_path, O_RDWR | O_LARGEFILE,
+			   current_cred());
+}
+
+/**
+ * umem_area_info() - describe an area
+ * @area: the area
+ * @info: filled in
+ */
+void umem_area_info(struct umem_area *area, struct umem_info *info)
+{
+	bool served;
+
+	memset(info, 0, sizeof(*info));
+	info->size = umem_area_size(area);
+	info->nr_cached = atomic_long_read(&area->nr_cached);
+	info->nr_delivered = atomic_long_read(&area->nr_delivered);
+	info->id = area->id;
+	info->granule_size = PAGE_SIZE;
+	info->owner_uid = from_kuid_munged(current_user_ns(), area->uid);
+	info->server_pid = umem_server_pid(area, &served);
+	if (served)
+		info->flags |= UMEM_INFO_SERVED;
+	if (READ_ONCE(area->complete))
+		info->flags |= UMEM_INFO_COMPLETE;
+	if (atomic_read(&area->nr_maps))
+		info->flags |= UMEM_INFO_MAPPED;
+	if (area->dev)
+		info->flags |= UMEM_INFO_NODE;
+	strscpy(info->name, area->name, sizeof(info->name));
+}
+
+/**
+ * umem_area_list() - describe areas in the order of their ids
+ * @first_id: pass over areas with smaller ids
+ * @infos: room for descriptions
+ * @nr: how many fit
+ * @total: how many areas there are from @first_id on
+ *
+ * Return: how many were filled in.
+ */
+u32 umem_area_list(u32 first_id, struct umem_info *infos, u32 nr, u32 *total)
+{
+	struct umem_area *area;
+	unsigned long index;
+	u32 n = 0;
+
+	*total = 0;
+	mutex_lock(&umem_areas_mutex);
+	xa_for_each_start(&umem_areas, index, area, first_id) {
+		/* Still in the array, so not freed; but on its way out. */
+		if (!kref_read(&area->ref))
+			continue;
+		if (n < nr)
+			umem_area_info(area, &infos[n++]);
+		(*total)++;
+	}
+	mutex_unlock(&umem_areas_mutex);
+	return n;
+}
+
+/* The node: what a consumer opens.  file->private_data is a face of the area. */
+
+static int umem_node_open(struct inode *inode, struct file *file)
+{
+	struct umem_area *area = umem_area_find(iminor(inode) -
+						MINOR(umem_devt));
+	struct file *face;
+
+	if (!area)
+		return -ENXIO;
+	face = umem_face_open(area);
+	umem_area_put(area);
+	if (IS_ERR(face))
+		return PTR_ERR(face);
+	file->private_data = face;
+	return 0;
+}
+
+static int umem_node_release(struct inode *inode, struct file *file)
+{
+	fput(file->private_data);
+	return 0;
+}
+
+static int umem_node_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	/*
+	 * What is written to a private mapping is seen by nobody else and lost
+	 * to the next migration; nobody who maps a VM's memory wants that.
+	 */
+	if (!(vma->vm_flags & VM_MAYSHARE)) {
+		if (vma->vm_flags & VM_WRITE)
+			return -EINVAL;
+		vm_flags_clear(vma, VM_MAYWRITE);
+	}
+	return umem_face_mmap(file->private_data, vma);
+}
+
+/* SEEK_END tells a consumer the size. */
+static loff_t umem_node_llseek(struct file *file, loff_t offset, int whence)
+{
+	return fixed_size_llseek(file, offset, whence,
+			umem_area_size(umem_face_area(file->private_data)));
+}
+
+static const struct file_operations umem_node_fops = {
+	.owner		= THIS_MODULE,
+	.open		= umem_node_open,
+	.release	= umem_node_release,
+	.mmap		= umem_node_mmap,
+	.llseek		= umem_node_llseek,
+};
+
+/*
+ * A tmpfs of our own, on which huge pages are off whatever the administrator
+ * sets for shared memory: a large folio would be mapped with all its pages, the
+ * missing ones too.
+ */
+static struct vfsmount *umem_mount(void)
+{
+	struct file_system_type *type = get_fs_type("tmpfs");
+	char options[] = "huge=never";
+	struct vfsmount *mnt;
+
+	if (!type)
+		return ERR_PTR(-ENODEV);
+	mnt = vfs_kern_mount(type, SB_KERNMOUNT, "umem", options);
+	module_put(type->owner);
+	return mnt;
+}
+
+/**
+ * umem_areas_init() - make ready for areas
+ *
+ * Return: 0 or a negative error code.
+ */
+int umem_areas_init(void)
+{
+	int ret;
+
+	if (!max_areas || max_areas > MINORMASK)
+		return -EINVAL;
+
+	umem_mnt = umem_mount();
+	if (IS_ERR(umem_mnt))
+		return PTR_ERR(umem_mnt);
+
+	ret = class_register(&umem_class);
+	if (ret)
+		goto unmount;
+
+	ret = alloc_chrdev_region(&umem_devt, 0, max_areas, "umem");
+	if (ret)
+		goto unregister_class;
+
+	cdev_init(&umem_node_cdev, &umem_node_fops);
+	umem_node_cdev.owner = THIS_MODULE;
+	ret = cdev_add(&umem_node_cdev, umem_devt, max_areas);
+	if (ret)
+		goto unregister_region;
+	return 0;
+
+unregister_region:
+	unregister_chrdev_region(umem_devt, max_areas);
+unregister_class:
+	class_unregister(&umem_class);
+unmount:
+	mntput(umem_mnt);
+	return ret;
+}
+
+/**
+ * umem_areas_exit() - undo umem_areas_init()
+ *
+ * No area is left: each is destroyed by the release of the last file that holds
+ * it, and every such file holds the module until after its release.
+ */
+void umem_areas_exit(void)
+{
+	cdev_del(&umem_node_cdev);
+	unregister_chrdev_region(umem_devt, max_areas);
+	class_unregister(&umem_class);
+	mntput(umem_mnt);
+	WARN_ON(!xa_empty(&umem_areas));
+}

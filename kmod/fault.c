@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * fault.c - the consumer's side: its mapping and its page faults
+ *
+ * A VMA of an area is a VMA of the backing shmem file whose vm_ops are replaced
+ * by ours.  Ours look at the cached bitmap and hand over to shmem's, so that
+ * every page exists once, shared by server and consumer, swappable, and
+ * accounted as shared memory.
+ *
+ * The vm_ops of a VMA never change while it lives.  A complete area is told by
+ * one flag that the fault path reads first.
+ *
+ * Locking: faults come with mmap_lock or the VMA's own lock held for reading.
+ * It is dropped before sleeping; the VMA may be gone afterwards, so its file is
+ * held and the page offset copied first.  Nothing is allocated
+ * here, and for a cached page nothing is locked but what shmem locks.
+ *
+ * Copyright (C) 2026 The umem authors
+ */
+#include <linux/fs.h>
+#include <linux/falloc.h>
+#include <linux/file.h>
+#include <linux/mempolicy.h>
+#include <linux/module.h>
+#include <linux/pagemap.h>
+#include <linux/sched/signal.h>
+
+#include "umem.h"
+
+/*
+ * How to sleep for a page.
+ *
+ * A fault in user mode may be interrupted by any signal: the handler runs, the
+ * instruction is tried again.  In kernel mode the access is retried at once with
+ * the signal still pending, so waiting interruptibly then would spin.  A kernel
+ * thread takes no signals; umem_wait() has it look up now and then.
+ */
+static unsigned int umem_wait_state(unsigned int fault_flags)
+{
+	if (current->flags & PF_KTHREAD)
+		return TASK_IDLE;
+	if ((fault_flags & FAULT_FLAG_INTERRUPTIBLE) &&
+	    ((fault_flags & FAULT_FLAG_USER) || !signal_pending(current)))
+		return TASK_INTERRUPTIBLE;
+	return TASK_KILLABLE;
+}
+
+/* A page is missing: wait for it, or say that nobody can. */
+static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
+{
+	struct umem_area *area = vmf->vma->vm_private_data;
+	unsigned int state = umem_wait_state(vmf->flags);
+	struct mm_struct *mm = vmf->vma->vm_mm;
+	struct file *face;
+
+	/*
+	 * A task that exits or dumps core must get on with it, and so must the
+	 * kernel threads that its exit waits for.
+	 */
+	if (current->flags & (PF_EXITING | PF_DUMPCORE))
+		return VM_FAULT_SIGBUS;
+	if (state == TASK_IDLE && umem_mm_is_exiting(mm))
+		return VM_FAULT_SIGBUS;
+	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
+		return VM_FAULT_SIGBUS;
+
+	if (vmf->flags & FAULT_FLAG_RETRY_NOWAIT) {
+		umem_request(area, index, true);
+		/* The one case in which RETRY leaves the lock held. */
+		return VM_FAULT_RETRY;
+	}
+
+	umem_request(area, index, false);
+	face = get_file(vmf->vma->vm_file);
+	release_fault_lock(vmf);
+	/* From here on the VMA may be gone; the face keeps area and module. */
+	umem_wait(area, mm, index, state);
+	fput(face);
+
+	/* Also when the server is gone: NOPAGE would have GUP go round. */
+	return VM_FAULT_RETRY;
+}
+
+/*
+ * Is all of a folio cached?  If not, @index is a page of it that is missing.
+ *
+ * shmem may map a large folio as a whole.  The area's own mount has huge pages
+ * off, but MADV_COLLAPSE does not ask.  The folio's lock is held, so it can be
+ * neither split nor collapsed while we look.
+ */
+static bool umem_folio_cached(struct umem_area *area, struct folio *folio,
+			      pgoff_t *index)
+{
+	pgoff_t start = folio->index;
+	pgoff_t end = min(start + folio_nr_pages(folio), area->npages);
+
+	*index = find_next_zero_bit(area->cached, end, start);
+	return *index >= end;
+}
+
+static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
+{
+	struct umem_area *area = vmf->vma->vm_private_data;
+	pgoff_t index = vmf->pgoff;
+	struct folio *folio;
+	vm_fault_t ret;
+
+	if (READ_ONCE(area->complete))
+		return area->shmem_vm_ops->fault(vmf);
+
+	/* A VMA may have been grown past the end. */
+	if (index >= area->npages)
+		return VM_FAULT_SIGBUS;
+
+	if (!umem_is_cached(area, index))
+		return umem_fault_missing(vmf, index);
+
+	ret = area->shmem_vm_ops->fault(vmf);
+	if (!(ret & VM_FAULT_LOCKED))
+		return ret;
+
+	folio = page_folio(vmf->page);
+	if (likely(!folio_test_large(folio)) ||
+	    umem_folio_cached(area, folio, &index))
+		return ret;
+
+	folio_unlock(folio);
+	folio_put(folio);
+	vmf->page = NULL;
+	return umem_fault_missing(vmf, index);
+}
+
+/*
+ * Map cached neighbours of a cached page, those that border on it without a gap.
+ * Runs under RCU and may not sleep.
+ *
+ * Where no page table is, the page cache would map a large folio as a whole, and
+ * where one is mapped already, go by that: both are left to umem_vm_fault().
+ */
+static vm_fault_t umem_vm_map_pages(struct vm_fault *vmf, pgoff_t start,
+				    pgoff_t end)
+{
+	struct umem_area *area = vmf->vma->vm_private_data;
+	pgoff_t index = vmf->pgoff;
+	pmd_t pmd;
+
+	if (READ_ONCE(area->complete))
+		return area->shmem_vm_ops->map_pages(vmf, start, end);
+
+	if (index >= area->npages || !umem_is_cached(area, index))
+		return 0;
+
+	pmd = READ_ONCE(*vmf->pmd);
+	if (!pmd_present(pmd) || pmd_leaf(pmd))
+		return 0;
+
+	end = find_next_zero_bit(area->cached, min(end + 1, area->npages),
+				 index) - 1;
+	while (index > start && umem_is_cached(area, index - 1))
+		index--;
+	return area->shmem_vm_ops->map_pages(vmf, index, end);
+}
+
+static void umem_vm_open(struct vm_area_struct *vma)
+{
+	struct umem_area *area = vma->vm_private_data;
+
+	atomic_inc(&area->nr_maps);
+}
+
+/* Having this keeps VMAs of areas from being merged with any other. */
+static void umem_vm_close(struct vm_area_struct *vma)
+{
+	struct umem_area *area = vma->vm_private_data;
+
+	atomic_dec(&area->nr_maps);
+}
+
+/**
+ * umem_shmem_vm_ops() - what a VMA would have without us
+ * @vma: a VMA of an area
+ *
+ * Return: shmem's operations.
+ */
+const struct vm_operations_struct *umem_shmem_vm_ops(struct vm_area_struct *vma)
+{
+	struct umem_area *area = vma->vm_private_data;
+
+	return area->shmem_vm_ops;
+}
+
+#ifdef CONFIG_NUMA
+static int umem_vm_set_policy(struct vm_area_struct *vma, struct mempolicy *pol)
+{
+	return umem_shmem_vm_ops(vma)->set_policy(vma, pol);
+}
+#endif
+
+static const struct vm_operations_struct umem_vm_ops = {
+	.open		= umem_vm_open,
+	.close		= umem_vm_close,
+	.fault		= umem_vm_fault,
+	.map_pages	= umem_vm_map_pages,
+#ifdef CONFIG_NUMA
+	.set_policy	= umem_vm_set_policy,
+	.get_policy	= umem_vm_get_policy,
+#endif
+};
+
+/* MADV_REMOVE comes here: the VMA's file is a face. */
+static long umem_face_fallocate(struct file *file, int mode, loff_t offset,
+				loff_t len)
+{
+	struct umem_area *area = file->private_data;
+	struct file *backing = area->backing;
+	pgoff_t start, end;
+	int ret;
+
+	if (mode != (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
+		return -EOPNOTSUPP;
+
+	/* Whole pages: the content of the others is not given up. */
+	start = DIV_ROUND_UP_ULL(offset, PAGE_SIZE);
+	end = min_t(u64, (u64)(offset + len) >> PAGE_SHIFT, area->npages);
+	if (start < end) {
+		ret = umem_discard(area, start, end - start);
+		if (ret)
+			return ret;
+	}
+	return backing->f_op->fallocate(backing, mode, offset, len);
+}
+
+static int umem_face_release(struct inode *inode, struct file *file)
+{
+	umem_area_put(file->private_data);
+	return 0;
+}
+
+/*
+ * A face is the area as its consumers have it: another open of the backing file,
+ * made for each open of the node, which becomes the vm_file of the VMAs mapped
+ * from it.  It holds a reference to the area, so that a VMA keeps its area, and
+ * its owner is this module, so that a VMA keeps the module.  It is never given to
+ * user space as a descriptor.
+ */
+static const struct file_operations umem_face_fops = {
+	.owner		= THIS_MODULE,
+	.release	= umem_face_release,
+	.fallocate	= umem_face_fallocate,
+	.fsync		= noop_fsync,
+};
+
+/**
+ * umem_face_open() - open an area for a consumer
+ * @area: the area, of which the caller holds a reference
+ *
+ * Return: the file, or an ERR_PTR().
+ */
+struct file *umem_face_open(struct umem_area *area)
+{
+	struct file *face = umem_area_open_backing(area);
+
+	if (IS_ERR(face))
+		return face;
+	/* The caller runs in an operation of ours, so the module is not going. */
+	__module_get(THIS_MODULE);
+	replace_fops(face, &umem_face_fops);
+	umem_area_get(area);
+	face->private_data = area;
+	return face;
+}
+
+/**
+ * umem_face_area() - which area is a face of?
+ * @face: it
+ *
+ * Return: the area; a borrowed reference.
+ */
+struct umem_area *umem_face_area(struct file *face)
+{
+	return face->private_data;
+}
+
+/**
+ * umem_face_mmap() - make a VMA the consumer's view of an area
+ * @face: the area's face that the VMA is to hold
+ * @vma: it, as the mm hands it to a file's mmap
+ *
+ * Return: 0 or a negative error code.
+ */
+int umem_face_mmap(struct file *face, struct vm_area_struct *vma)
+{
+	struct umem_area *area = umem_face_area(face);
+	int ret;
+
+	if (vma_pages(vma) > area->npages ||
+	    vma->vm_pgoff > area->npages - vma_pages(vma))
+		return -EINVAL;
+
+	ret = vfs_mmap(area->backing, vma);
+	if (ret)
+		return ret;
+
+	/* The same for every VMA of the file. */
+	WRITE_ONCE(area->shmem_vm_ops, vma->vm_ops);
+	vma_set_file(vma, face);
+	vma->vm_private_data = area;
+	vma->vm_ops = &umem_vm_ops;
+	umem_vm_open(vma);
+	return 0;
+}

@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: GPL-2.0-only WITH Linux-syscall-note */
+/*
+ * umem: memory areas whose missing pages are supplied by user space.
+ *
+ * This header is the whole contract between the driver and a server; it is
+ * enough to write another server in another language.
+ *
+ * Life of an area, as its server sees it:
+ *
+ *  1. open /dev/umem and UMEM_DEV_CREATE_UMEM.  The area exists, its node
+ *     /dev/umem<id> appears, every granule is missing.
+ *  2. A consumer (QEMU, a vhost-user back end) opens the node and maps it.  It
+ *     needs to know nothing of this header.
+ *  3. The consumer touches a missing granule and sleeps.  The server learns of
+ *     it by poll(), read() or UMEM_GET_PAGE_REQUEST.
+ *  4. The server puts the content into the backing file (&umem_create.shmem_fd,
+ *     normally through an mmap() of it), then marks the granule cached by
+ *     write() or UMEM_MARK_PAGE_CACHED.  Who waited for it runs on.  A granule
+ *     that was marked without being filled reads as zeros.
+ *  5. Granules may be marked before anybody asks for them.
+ *  6. The server goes away when it is done, or dies: who waits keeps waiting
+ *     (and can be killed) until another server takes over by
+ *     UMEM_DEV_REATTACH, which gets every open request again.
+ *  7. The area is gone when no server, no open node and no mapping is left.
+ *
+ * One rule binds the server: a granule that was marked is never written through
+ * the backing file again.  It belongs to the consumer from then on.
+ *
+ * Offsets and counts of pages are in host pages (PAGE_SIZE), as in mmap2().
+ * Reserved members and unknown flags must be zero, else the call gives EINVAL.
+ * All structures have the same layout for 32-bit and 64-bit callers.
+ *
+ * Copyright (C) 2026 The umem authors
+ */
+#ifndef _UAPI_LINUX_UMEM_H
+#define _UAPI_LINUX_UMEM_H
+
+#include <linux/const.h>
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define UMEM_IOC_MAGIC	0x1E
+
+/* Size of a name, its terminating NUL included. */
+#define UMEM_NAME_MAX	64
+
+/* Most ranges that one UMEM_MARK_PAGE_CACHED takes. */
+#define UMEM_MARK_MAX	4096
+
+/**
+ * struct umem_init - argument of UMEM_INIT, the interface of June 2012
+ * @size: in: size of the area in bytes; out: the same, rounded up to the page
+ * @shmem_fd: out: the backing file, as large as the area
+ * @padding: ignored
+ */
+struct umem_init {
+	__u64 size;
+	__s32 shmem_fd;
+	__s32 padding;
+};
+
+/*
+ * UMEM_INIT on an open of /dev/umem makes that file an unnamed area of its own:
+ * mmap() of it, shared or private, is the consumer's side; read(), write() and
+ * poll() of it are the server's, which it commonly shares with a child through
+ * fork().
+ *
+ * Errors: EINVAL (size is zero or above the limit), EBUSY (it was called on
+ * this file before), EMFILE, ENFILE, ENOMEM, ENOSPC (too many areas), EFAULT.
+ * Before it, read(), write() and mmap() give ENXIO and poll() gives POLLERR.
+ */
+#define UMEM_INIT	_IOWR(UMEM_IOC_MAGIC, 0, struct umem_init)
+
+/**
+ * struct umem_create - argument of UMEM_DEV_CREATE_UMEM
+ * @size: in: size of the area in bytes; out: the same, rounded up to the granule
+ * @flags: in: must be zero
+ * @granule_size: in: bytes served at a time, zero for the host page, the only
+ *	other value allowed being the host page; out: the size in force
+ * @server_fd: out: the server's end of the area, opened O_RDWR and O_CLOEXEC
+ * @shmem_fd: out: the backing file, as large as the area, O_CLOEXEC
+ * @id: out: the N of /dev/umemN
+ * @reserved: must be zero
+ * @name: in: NUL-terminated name of the area, unique among those alive; letters,
+ *	digits and any of "._:+-", at least one
+ */
+struct umem_create {
+	__u64 size;
+	__u32 flags;
+	__u32 granule_size;
+	__s32 server_fd;
+	__s32 shmem_fd;
+	__u32 id;
+	__u32 reserved[5];
+	char name[UMEM_NAME_MAX];
+};
+
+/*
+ * UMEM_DEV_CREATE_UMEM on /dev/umem makes a named area with a node of its own,
+ * which belongs to the caller's file system uid and gid, mode 0660.
+ *
+ * Errors: EINVAL (size, name, flags, granule_size or reserved), EEXIST (the
+ * name is in use), EMFILE, ENFILE, ENOMEM, ENOSPC (too many areas), EFAULT.
+ */
+#define UMEM_DEV_CREATE_UMEM	_IOWR(UMEM_IOC_MAGIC, 1, struct umem_create)
+
+/* The area has a server. */
+#define UMEM_INFO_SERVED	_BITUL(0)
+/* Every granule of it is cached. */
+#define UMEM_INFO_COMPLETE	_BITUL(1)
+/* At least one mapping of it exists. */
+#define UMEM_INFO_MAPPED	_BITUL(2)
+/* It has a node: it was made by UMEM_DEV_CREATE_UMEM. */
+#define UMEM_INFO_NODE		_BITUL(3)
+
+/**
+ * struct umem_info - what is known of one area
+ * @size: bytes
+ * @nr_cached: granules that are cached
+ * @nr_delivered: requests that were handed to servers so far, repeats included
+ * @id: the N of /dev/umemN
+ * @flags: UMEM_INFO_SERVED and so on
+ * @granule_size: bytes
+ * @owner_uid: who created it, in the caller's user namespace
+ * @server_pid: process that attached as its server, in the caller's pid
+ *	namespace; 0 without one
+ * @reserved: zero
+ * @name: NUL-terminated; empty for an area of UMEM_INIT
+ */
+struct umem_info {
+	__u64 size;
+	__u64 nr_cached;
+	__u64 nr_delivered;
+	__u32 id;
+	__u32 flags;
+	__u32 granule_size;
+	__u32 owner_uid;
+	__s32 server_pid;
+	__u32 reserved[5];
+	char name[UMEM_NAME_MAX];
+};
+
+/**
+ * struct umem_list - argument of UMEM_DEV_LIST
+ * @infos: in: user address of an array of &struct umem_info
+ * @nr: in: room in @infos; out: how many were filled in, in order of their ids
+ * @first_id: in: areas with smaller ids are passed over
+ * @total: out: areas alive with ids from @first_id on; more than @nr when the
+ *	room was too small, then go on with the last id plus one
+ * @reserved: must be zero
+ */
+struct umem_list {
+	__u64 infos;
+	__u32 nr;
+	__u32 first_id;
+	__u32 total;
+	__u32 reserved[3];
+};
+
+/*
+ * UMEM_DEV_LIST on /dev/umem lists the areas.
+ *
+ * Errors: EINVAL (reserved), EFAULT, ENOMEM.
+ */
+#define UMEM_DEV_LIST	_IOWR(UMEM_IOC_MAGIC, 2, struct umem_list)
+
+/* Take the area even from a server that is still there; that one is fenced. */
+#define UMEM_REATTACH_FORCE	_BITUL(0)
+
+/**
+ * struct umem_reattach - argument of UMEM_DEV_REATTACH
+ * @size: out: bytes
+ * @id: in: which area
+ * @flags: in: zero or UMEM_REATTACH_FORCE
+ * @granule_size: out: bytes
+ * @server_fd: out: the server's end of the area
+ * @shmem_fd: out: the backing file
+ * @reserved: must be zero
+ */
+struct umem_reattach {
+	__u64 size;
+	__u32 id;
+	__u32 flags;
+	__u32 granule_size;
+	__s32 server_fd;
+	__s32 shmem_fd;
+	__u32 reserved[5];
+};
+
+/*
+ * UMEM_DEV_REATTACH on /dev/umem makes the caller the server of an area whose
+ * server died or hangs.  Every granule that was requested and is missing is
+ * delivered again.  The caller needs the creator's uid or CAP_SYS_ADMIN.
+ *
+ * Of a server that was fenced by UMEM_REATTACH_FORCE every call fails with
+ * ENODEV, a blocked read() too, and poll() gives POLLERR | POLLHUP.  Its mapping
+ * of the backing file stays: kill it before its successor marks anything.
+ *
+ * Errors: ENOENT (no such area), EPERM, EBUSY (it has a server and FORCE is not
+ * set), EINVAL (flags, reserved), EMFILE, ENFILE, ENOMEM, EFAULT.
+ */
+#define UMEM_DEV_REATTACH	_IOWR(UMEM_IOC_MAGIC, 3, struct umem_reattach)
+
+/*
+ * What follows is for the server's end of an area: the server_fd above, or an
+ * open of /dev/umem after UMEM_INIT.  It also takes
+ *
+ * read():  native-endian __u64 page offsets that are wanted and missing, in the
+ *	order of the faults.  Blocks until there is one, or gives EAGAIN with
+ *	O_NONBLOCK.  EINVAL for a buffer under 8 bytes.  The same offset may come
+ *	more than once.
+ * write(): native-endian __u64 page offsets whose content is valid now.  EINVAL
+ *	for a length that is no multiple of 8 and for an offset past the end; the
+ *	result counts the bytes before the first bad one, if any.
+ * poll():  POLLIN while a request is pending; POLLOUT always.
+ */
+
+/*
+ * Nobody sleeps for it yet: a fault that may not sleep queued it (KVM's
+ * asynchronous page fault).
+ */
+#define UMEM_REQUEST_ASYNC	_BITULL(0)
+/*
+ * The consumer discarded it while it was missing: mark it, and do not fetch it.
+ * Whatever was filled in is zeroed when it is marked.
+ */
+#define UMEM_REQUEST_DISCARDED	_BITULL(1)
+
+/**
+ * struct umem_page_request - one granule that is wanted
+ * @pgoff: offset of its first page in the area, in pages
+ * @flags: UMEM_REQUEST_ASYNC, UMEM_REQUEST_DISCARDED; others are to be ignored
+ */
+struct umem_page_request {
+	__u64 pgoff;
+	__u64 flags;
+};
+
+/**
+ * struct umem_page_requests - argument of UMEM_GET_PAGE_REQUEST
+ * @requests: in: user address of an array of &struct umem_page_request
+ * @nr: in: room in @requests, at least one; out: how many were filled in
+ * @reserved: must be zero
+ */
+struct umem_page_requests {
+	__u64 requests;
+	__u32 nr;
+	__u32 reserved;
+};
+
+/*
+ * UMEM_GET_PAGE_REQUEST gets requests in the order of the faults, like read().
+ *
+ * Errors: EINVAL (nr is zero, reserved), EAGAIN (O_NONBLOCK and none pending),
+ * EINTR, ENODEV (fenced), ENXIO (before UMEM_INIT), EFAULT (the requests are
+ * queued again).
+ */
+#define UMEM_GET_PAGE_REQUEST	_IOWR(UMEM_IOC_MAGIC, 16, struct umem_page_requests)
+
+/**
+ * struct umem_page_range - a run of pages
+ * @pgoff: the first one, in pages
+ * @count: how many, at least one
+ */
+struct umem_page_range {
+	__u64 pgoff;
+	__u64 count;
+};
+
+/**
+ * struct umem_mark_cached - argument of UMEM_MARK_PAGE_CACHED
+ * @ranges: in: user address of an array of &struct umem_page_range
+ * @nr: in: how many there are, at most UMEM_MARK_MAX
+ * @flags: in: must be zero
+ * @nr_new: out: granules that were missing before
+ */
+struct umem_mark_cached {
+	__u64 ranges;
+	__u32 nr;
+	__u32 flags;
+	__u64 nr_new;
+};
+
+/*
+ * UMEM_MARK_PAGE_CACHED says that the content of the ranges is valid and wakes
+ * who waits for it.  Marking what is cached already is harmless.  Either all
+ * ranges are marked or, on EINVAL, EFAULT or ENOMEM, none.
+ *
+ * Errors: EINVAL (nr, flags, an empty range or one past the end), EFAULT,
+ * ENOMEM, ENODEV (fenced), ENXIO (before UMEM_INIT).
+ */
+#define UMEM_MARK_PAGE_CACHED	_IOWR(UMEM_IOC_MAGIC, 17, struct umem_mark_cached)
+
+/*
+ * UMEM_GET_INFO describes the area.
+ *
+ * Errors: EFAULT, ENODEV (fenced), ENXIO (before UMEM_INIT).
+ */
+#define UMEM_GET_INFO	_IOR(UMEM_IOC_MAGIC, 18, struct umem_info)
+
+#endif /* _UAPI_LINUX_UMEM_H */

@@ -1,0 +1,498 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * request.c - who wants a granule, who waits for it, who says that it is there
+ *
+ * Locking.  Three kinds of state, from hot to cold:
+ *
+ *  - The bitmaps are changed by atomic bit operations alone.  A waiter puts
+ *    itself on its bucket and then looks at the cached bit; a mark sets the bit
+ *    and then looks at the bucket; a full barrier stands between the two on
+ *    either side (prepare_to_wait(), atomic_long_fetch_or()), so that one of
+ *    them sees the other.
+ *
+ *  - req_lock protects the ring of page offsets that wait for a server, and
+ *    rescan.  A granule enters the ring once, when its requested bit goes from
+ *    0 to 1, however many tasks want it.  When the ring is full, or another
+ *    server takes over, rescan sends the reader over the requested bitmap, where
+ *    every request ever made is found.
+ *
+ *  - read_mutex makes that walk one reader's at a time; it may be long, so it
+ *    is not done under a spinlock.
+ *
+ * mark_sem is taken by marks, for reading until the consumer first discards a
+ * missing granule, for writing from then on.  See umem_discard().
+ *
+ * Copyright (C) 2026 The umem authors
+ */
+#include <linux/bitops.h>
+#include <linux/fs.h>
+#include <linux/falloc.h>
+#include <linux/poll.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+
+#include "umem.h"
+
+/* In an entry of the ring: a fault that may not sleep queued it. */
+#define UMEM_RING_ASYNC		BIT_ULL(63)
+
+/* A kernel thread takes no signal: it looks this often whether to give up. */
+#define UMEM_KTHREAD_SLICE	(HZ / 10)
+
+/* Words of a bitmap that are handled before others get the CPU. */
+#define UMEM_WORDS_PER_TURN	1024
+
+/**
+ * umem_requests_init() - make an area ready for waiters and servers
+ * @area: it, zeroed but for what was allocated
+ */
+void umem_requests_init(struct umem_area *area)
+{
+	unsigned int i;
+
+	for (i = 0; i < UMEM_BUCKETS; i++)
+		init_waitqueue_head(&area->buckets[i]);
+	init_rwsem(&area->mark_sem);
+	mutex_init(&area->read_mutex);
+	spin_lock_init(&area->req_lock);
+	init_waitqueue_head(&area->server_wq);
+}
+
+static wait_queue_head_t *umem_bucket(struct umem_area *area, pgoff_t index)
+{
+	return &area->buckets[index % UMEM_BUCKETS];
+}
+
+/**
+ * umem_request() - ask the server for a missing page
+ * @area: the area
+ * @index: the page
+ * @async: whoever asks will not sleep for it now
+ *
+ * Never sleeps and never allocates.  A page that was asked for before is not
+ * queued again: it is in the ring, or with the server, or found by the walk.
+ */
+void umem_request(struct umem_area *area, pgoff_t index, bool async)
+{
+	bool first;
+
+	if (test_and_set_bit(index, area->requested))
+		return;
+
+	spin_lock(&area->req_lock);
+	first = area->head == area->tail;
+	if (area->head - area->tail < UMEM_RING)
+		area->ring[area->head++ % UMEM_RING] =
+			index | (async ? UMEM_RING_ASYNC : 0);
+	else
+		area->rescan = true;
+	spin_unlock(&area->req_lock);
+
+	/*
+	 * Whoever finds requests left over when it leaves wakes the next
+	 * reader, so only the step from none to one is told.
+	 */
+	if (first)
+		wake_up_interruptible_poll(&area->server_wq,
+					   EPOLLIN | EPOLLRDNORM);
+}
+
+/**
+ * umem_request_again() - deliver every open request once more
+ * @area: the area, which has a new server
+ */
+void umem_request_again(struct umem_area *area)
+{
+	spin_lock(&area->req_lock);
+	area->rescan = true;
+	spin_unlock(&area->req_lock);
+	wake_up_all(&area->server_wq);
+}
+
+/**
+ * umem_request_pending() - is there something to read?
+ * @area: the area
+ *
+ * Forgets the oldest entries of the ring while they are cached already.  While
+ * a walk of the bitmap is due the answer is yes, although it may find nothing.
+ *
+ * Return: true when a reader should try.
+ */
+bool umem_request_pending(struct umem_area *area)
+{
+	bool pending;
+	u64 entry;
+
+	spin_lock(&area->req_lock);
+	while (area->tail != area->head) {
+		entry = area->ring[area->tail % UMEM_RING];
+		if (!umem_is_cached(area, entry & ~UMEM_RING_ASYNC))
+			break;
+		area->tail++;
+	}
+	pending = area->tail != area->head || area->rescan ||
+		  READ_ONCE(area->scan_left);
+	spin_unlock(&area->req_lock);
+	return pending;
+}
+
+static bool umem_is_discarded(struct umem_area *area, pgoff_t index)
+{
+	/* Pairs with the release of umem_discard(). */
+	unsigned long *discarded = smp_load_acquire(&area->discarded);
+
+	return discarded && test_bit(index, discarded);
+}
+
+static void umem_fill_request(struct umem_area *area,
+			      struct umem_page_request *req, u64 entry)
+{
+	req->pgoff = entry & ~UMEM_RING_ASYNC;
+	req->flags = entry & UMEM_RING_ASYNC ? UMEM_REQUEST_ASYNC : 0;
+	if (umem_is_discarded(area, req->pgoff))
+		req->flags |= UMEM_REQUEST_DISCARDED;
+}
+
+/* From @area->scan_pos on, the next page that is requested and not cached. */
+static bool umem_scan_next(struct umem_area *area, pgoff_t *index)
+{
+	unsigned int turn = 0;
+
+	lockdep_assert_held(&area->read_mutex);
+
+	while (area->scan_left) {
+		unsigned long bit = area->scan_pos % BITS_PER_LONG;
+		unsigned long word = BIT_WORD(area->scan_pos);
+		unsigned long n, open;
+
+		n = min3(BITS_PER_LONG - bit, area->npages - area->scan_pos,
+			 area->scan_left);
+		open = READ_ONCE(area->requested[word]) &
+		       ~READ_ONCE(area->cached[word]) &
+		       GENMASK(bit + n - 1, bit);
+		if (open) {
+			*index = word * BITS_PER_LONG + __ffs(open);
+			n = *index + 1 - area->scan_pos;
+		}
+		WRITE_ONCE(area->scan_left, area->scan_left - n);
+		area->scan_pos += n;
+		if (area->scan_pos == area->npages)
+			area->scan_pos = 0;
+		if (open)
+			return true;
+		if (++turn % UMEM_WORDS_PER_TURN == 0)
+			cond_resched();
+	}
+	return false;
+}
+
+/**
+ * umem_request_take() - take open requests, oldest first
+ * @area: the area
+ * @reqs: room for them
+ * @nr: how many fit
+ *
+ * What has been marked since it was asked for is passed over.
+ *
+ * Return: how many were taken, possibly none; -EINTR.
+ */
+int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
+		      unsigned int nr)
+{
+	unsigned int got = 0;
+	pgoff_t index;
+
+	if (mutex_lock_interruptible(&area->read_mutex))
+		return -EINTR;
+
+	spin_lock(&area->req_lock);
+	while (got < nr && area->tail != area->head) {
+		u64 entry = area->ring[area->tail++ % UMEM_RING];
+
+		if (!umem_is_cached(area, entry & ~UMEM_RING_ASYNC))
+			umem_fill_request(area, &reqs[got++], entry);
+	}
+	if (area->rescan) {
+		/* What the walk passed already may have been asked for since. */
+		area->rescan = false;
+		WRITE_ONCE(area->scan_left, area->npages);
+	}
+	spin_unlock(&area->req_lock);
+
+	while (got < nr && umem_scan_next(area, &index))
+		umem_fill_request(area, &reqs[got++], index);
+
+	mutex_unlock(&area->read_mutex);
+
+	if (umem_request_pending(area))
+		wake_up_interruptible_poll(&area->server_wq,
+					   EPOLLIN | EPOLLRDNORM);
+	return got;
+}
+
+/**
+ * umem_request_return() - give back requests that could not be handed over
+ * @area: the area
+ * @reqs: the last ones of those that were taken
+ * @nr: how many
+ */
+void umem_request_return(struct umem_area *area,
+			 const struct umem_page_request *reqs, unsigned int nr)
+{
+	spin_lock(&area->req_lock);
+	if (area->head - area->tail + nr <= UMEM_RING) {
+		while (nr--)
+			area->ring[--area->tail % UMEM_RING] = reqs[nr].pgoff |
+				(reqs[nr].flags & UMEM_REQUEST_ASYNC ?
+				 UMEM_RING_ASYNC : 0);
+	} else {
+		area->rescan = true;
+	}
+	spin_unlock(&area->req_lock);
+	wake_up_interruptible_poll(&area->server_wq, EPOLLIN | EPOLLRDNORM);
+}
+
+/* One task that waits for one page; lives on its stack. */
+struct umem_waiter {
+	wait_queue_entry_t entry;
+	pgoff_t index;
+};
+
+/* What a mark has made available. */
+struct umem_marked {
+	pgoff_t start;
+	unsigned long count;
+};
+
+static int umem_wake_function(wait_queue_entry_t *entry, unsigned int mode,
+			      int sync, void *key)
+{
+	struct umem_waiter *waiter =
+		container_of(entry, struct umem_waiter, entry);
+	const struct umem_marked *marked = key;
+
+	if (waiter->index - marked->start >= marked->count)
+		return 0;
+	return autoremove_wake_function(entry, mode, sync, key);
+}
+
+/**
+ * umem_mm_is_exiting() - is nobody left who runs on this address space?
+ * @mm: one on whose behalf a kernel thread works
+ *
+ * KVM's asynchronous page fault works in a kernel thread, which takes no signal
+ * and which the exit of the last task waits for.  By then every task has left
+ * the mm, which therefore has no owner.
+ *
+ * Return: true when waiting for a page makes no sense any more.
+ */
+bool umem_mm_is_exiting(struct mm_struct *mm)
+{
+#ifdef CONFIG_MEMCG
+	return !rcu_access_pointer(mm->owner);
+#else
+	return atomic_read(&mm->mm_users) <= 1;
+#endif
+}
+
+/**
+ * umem_wait() - sleep until a page is cached
+ * @area: the area, which the caller keeps alive
+ * @mm: the consumer
+ * @index: the page, which was requested
+ * @state: the state to sleep in; TASK_IDLE for a kernel thread
+ *
+ * Returns early for a signal that @state lets through, and in a kernel thread
+ * when the consumer exits: the fault is taken again and sees for itself.
+ */
+void umem_wait(struct umem_area *area, struct mm_struct *mm, pgoff_t index,
+	       unsigned int state)
+{
+	wait_queue_head_t *bucket = umem_bucket(area, index);
+	struct umem_waiter waiter = { .index = index };
+
+	init_waitqueue_func_entry(&waiter.entry, umem_wake_function);
+	waiter.entry.private = current;
+	INIT_LIST_HEAD(&waiter.entry.entry);
+
+	for (;;) {
+		prepare_to_wait(bucket, &waiter.entry, state);
+		if (umem_is_cached(area, index) ||
+		    signal_pending_state(state, current))
+			break;
+		if (state == TASK_IDLE) {
+			if (umem_mm_is_exiting(mm))
+				break;
+			schedule_timeout(UMEM_KTHREAD_SLICE);
+		} else {
+			schedule();
+		}
+	}
+	finish_wait(bucket, &waiter.entry);
+}
+
+static void umem_wake(struct umem_area *area, pgoff_t start,
+		      unsigned long count)
+{
+	struct umem_marked marked = { .start = start, .count = count };
+	unsigned long i, n = min_t(unsigned long, count, UMEM_BUCKETS);
+
+	for (i = 0; i < n; i++) {
+		wait_queue_head_t *bucket = umem_bucket(area, start + i);
+
+		/* The full barrier of umem_set_cached() stands before this. */
+		if (waitqueue_active(bucket))
+			__wake_up(bucket, TASK_NORMAL, 0, &marked);
+	}
+}
+
+/* Returns how many were missing before. */
+static unsigned long umem_set_cached(struct umem_area *area, pgoff_t start,
+				     unsigned long count)
+{
+	unsigned long fresh = 0;
+	unsigned int turn = 0;
+
+	while (count) {
+		unsigned long bit = start % BITS_PER_LONG;
+		unsigned long n = min(count, BITS_PER_LONG - bit);
+		unsigned long mask = GENMASK(bit + n - 1, bit);
+		atomic_long_t *word =
+			(atomic_long_t *)&area->cached[BIT_WORD(start)];
+
+		/* A full barrier, which the waiters' protocol needs. */
+		fresh += hweight_long(mask & ~atomic_long_fetch_or(mask, word));
+		start += n;
+		count -= n;
+		if (++turn % UMEM_WORDS_PER_TURN == 0)
+			cond_resched();
+	}
+	return fresh;
+}
+
+/* Zero what the server filled into granules that the consumer has discarded. */
+static int umem_zero_discarded(struct umem_area *area, pgoff_t start,
+			       unsigned long count)
+{
+	struct file *file = area->backing;
+	pgoff_t index, end = start + count;
+	int ret = 0;
+
+	lockdep_assert_held_write(&area->mark_sem);
+
+	for (index = start; !ret; index++) {
+		index = find_next_bit(area->discarded, end, index);
+		if (index >= end)
+			break;
+		if (!umem_is_cached(area, index))
+			ret = file->f_op->fallocate(file,
+						    FALLOC_FL_PUNCH_HOLE |
+						    FALLOC_FL_KEEP_SIZE,
+						    (loff_t)index << PAGE_SHIFT,
+						    PAGE_SIZE);
+		if (!ret)
+			clear_bit(index, area->discarded);
+	}
+	return ret;
+}
+
+/**
+ * umem_mark() - the content of a range is valid now
+ * @area: the area
+ * @start: first page
+ * @count: how many, all of them inside the area
+ * @nr_new: how many were missing before is added to this
+ *
+ * Return: 0, or a negative error code when discarded pages could not be zeroed;
+ * then nothing of the range was marked.
+ */
+int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
+	      u64 *nr_new)
+{
+	unsigned long fresh = 0;
+	bool discarded;
+	int ret;
+
+	down_read(&area->mark_sem);
+	discarded = area->discarded;
+	if (!discarded)
+		fresh = umem_set_cached(area, start, count);
+	up_read(&area->mark_sem);
+
+	if (unlikely(discarded)) {
+		file_start_write(area->backing);
+		down_write(&area->mark_sem);
+		ret = umem_zero_discarded(area, start, count);
+		if (!ret)
+			fresh = umem_set_cached(area, start, count);
+		up_write(&area->mark_sem);
+		file_end_write(area->backing);
+		if (ret)
+			return ret;
+	}
+
+	umem_wake(area, start, count);
+	*nr_new += fresh;
+	if (fresh && atomic_long_add_return(fresh, &area->nr_cached) ==
+		     area->npages)
+		WRITE_ONCE(area->complete, true);
+	return 0;
+}
+
+/**
+ * umem_discard() - the consumer gives up the content of a range
+ * @area: the area
+ * @start: first page
+ * @count: how many, all of them inside the area
+ *
+ * The caller punches the hole in the backing file after this.  That alone is
+ * right for what is cached.  What is missing may be half filled by the server,
+ * or on its way to it, and stays missing: the server is told, and the mark
+ * zeroes it.  Since the server never touches what it marked, nothing can come
+ * in behind.
+ *
+ * Marks that began before @area->discarded was there do not look at it, and are
+ * over before it is: all that their servers wrote was written before, so the
+ * caller's hole, punched after, zeroes that too.
+ *
+ * Return: 0 or -ENOMEM.
+ */
+int umem_discard(struct umem_area *area, pgoff_t start, unsigned long count)
+{
+	unsigned long *discarded = READ_ONCE(area->discarded);
+	pgoff_t index, end = start + count;
+	unsigned int turn = 0;
+
+	if (READ_ONCE(area->complete))
+		return 0;
+
+	if (!discarded) {
+		discarded = kvcalloc(BITS_TO_LONGS(area->npages),
+				     sizeof(*discarded), GFP_KERNEL_ACCOUNT);
+		if (!discarded)
+			return -ENOMEM;
+		down_write(&area->mark_sem);
+		if (area->discarded) {
+			kvfree(discarded);
+			discarded = area->discarded;
+		} else {
+			/* Pairs with the acquire of umem_is_discarded(). */
+			smp_store_release(&area->discarded, discarded);
+		}
+		up_write(&area->mark_sem);
+	}
+
+	for (index = start; index < end; index++) {
+		index = find_next_zero_bit(area->cached, end, index);
+		if (index >= end)
+			break;
+		set_bit(index, discarded);
+		/* The request carries the flag, so the bit comes first. */
+		smp_mb__after_atomic();
+		umem_request(area, index, false);
+		if (++turn % UMEM_WORDS_PER_TURN == 0)
+			cond_resched();
+	}
+	return 0;
+}
