@@ -132,7 +132,7 @@ class Area:
         """
         if pgoff < 0 or count < 1 or pgoff + count > self.npages:
             raise ValueError(
-                f"area {self.name}: pages {pgoff}..{pgoff + count - 1} are outside its {self.npages}"
+                f"area {self.name}: pages {pgoff}..{pgoff + count - 1} of {self.npages}"
             )
         if self._view is None:
             self._view = memoryview(self.map)

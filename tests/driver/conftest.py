@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures of the driver's tests, and the check after each that nothing was left behind."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyumem.area import Area
+
+from .support import PAGE, Agent, areas, module_refs, open_fds, wait_until
+
+PROGS = Path(__file__).parent / "progs"
+GCC = ("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread")
+UAPI = Path(__file__).parents[2] / "kmod/include/uapi"
+
+_numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test a time limit that fits an emulated machine."""
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(60))
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that compiles progs/NAME.c once and returns the binary."""
+    folder = tmp_path_factory.mktemp("progs")
+
+    def build(name: str) -> Path:
+        binary = folder / name
+        if not binary.exists():
+            subprocess.run(
+                [*GCC, f"-I{UAPI}", str(PROGS / f"{name}.c"), "-o", str(binary)], check=True
+            )
+        return binary
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test no area, no reference to the module and no descriptor of ours is left.
+
+    Set up first and therefore torn down last, after the agents and areas of the test.
+    """
+    refs, fds = module_refs(), open_fds()
+    assert not areas(), "areas of somebody else"
+    yield
+    if hasattr(request.node, "driver_failed"):
+        return  # one message is enough
+    wait_until(lambda: not areas(), "the areas are gone")
+    wait_until(lambda: module_refs() == refs, "the module's references are dropped")
+    wait_until(lambda: not list(Path("/dev").glob("umem[0-9]*")), "the nodes are gone")
+    assert open_fds() == fds
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember a failure, for nothing_left."""
+    report = yield
+    if call.when == "call" and report.failed:
+        item.driver_failed = True  # type: ignore[attr-defined]
+    return report
+
+
+@pytest.fixture
+def new_agent(program: Callable[[str], Path]) -> Iterator[Callable[..., Agent]]:
+    """Return a function that starts agents, which are killed at the end of the test."""
+    agents: list[Agent] = []
+
+    def start(**options: object) -> Agent:
+        agents.append(Agent(program("agent"), **options))  # type: ignore[arg-type]
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        agent.close()
+
+
+@pytest.fixture
+def agent(new_agent: Callable[..., Agent]) -> Agent:
+    """A consumer.  It has none of the server's descriptors."""
+    return new_agent()
+
+
+@pytest.fixture
+def new_area() -> Iterator[Callable[[int], Area]]:
+    """Return a function that makes areas of so many pages, which are closed at the end."""
+    made: list[Area] = []
+
+    def create(npages: int) -> Area:
+        made.append(Area.create(f"test.{next(_numbers)}", npages * PAGE))
+        return made[-1]
+
+    yield create
+    for area in made:
+        area.close()
+
+
+@pytest.fixture
+def area(new_area: Callable[[int], Area]) -> Area:
+    """An area of 64 pages, all of them missing."""
+    return new_area(64)
