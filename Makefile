@@ -44,7 +44,7 @@ $(STAMPS)/apt: scripts/setup-apt.sh scripts/lib.sh
 $(STAMPS)/venv: pyproject.toml scripts/setup-venv.sh | $(STAMPS)/apt
 	@scripts/setup-venv.sh
 
-$(STAMPS)/vm-image: scripts/make-vm-image.sh $(STAMPS)/venv
+$(STAMPS)/vm-image: scripts/make-vm-image.sh $(STAMPS)/venv $(STAMPS)/guest $(STAMPS)/qemu-10.0
 	@scripts/make-vm-image.sh
 
 $(STAMPS)/guest: scripts/setup-guest.sh $(wildcard tests/guest/*) | $(STAMPS)/apt

@@ -3,14 +3,15 @@
 #
 # make-vm-image.sh: build/vm/root.img, a read-only disk with what the test
 # machine starts again and again: Python, the packages of .venv, QEMU and their
-# libraries.  The machine's root comes over 9p, where every open is a round
+# libraries, and the inner guest.  The machine's root comes over 9p, where every open is a round
 # trip and starting pytest takes 15 s; from this disk it takes 2.  The disk is
 # laid over /usr and .venv, so what it lacks is still found below it.
 
 . "$(dirname "$0")/lib.sh"
 
 with_lock vm-image
-stamp_fresh vm-image "$0" "$STAMPS/venv" "$STAMPS/apt" && exit 0
+stamp_fresh vm-image "$0" "$STAMPS/venv" "$STAMPS/apt" "$STAMPS/qemu-10.0" \
+	"$STAMPS/guest" && exit 0
 say vm-image "writing build/vm/root.img"
 
 stage=$BUILD/vm/root.new
@@ -56,6 +57,9 @@ rm -rf "$stage"/venv/bin/{ruff,virtme*,vng*}
 for package in mypy mypyc ruff virtme virtme_ng pip virtualenv nodeenv; do
 	rm -rf "$stage"/venv/lib/python3.*/site-packages/"$package"
 done
+
+cp -a "$BUILD/qemu-10.0" "$BUILD/guest" "$stage/"
+rm -rf "$stage/guest/kernel/lib" "$stage/guest/kernel/usr"
 
 kib=$(du -sk --apparent-size "$stage" | cut -f1)
 files=$(find "$stage" | wc -l)

@@ -156,6 +156,10 @@ def _lay_image_over() -> list[str]:
         "for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/vda ] && break; sleep 0.1; done",
         "mount -t ext4 -o ro,noload /dev/vda /run/image",
         f"mount -t overlay -o lowerdir=/run/image/venv:{venv} venv {venv}",
+        *(
+            f"mount --bind /run/image/{name} {shlex.quote(str(BUILD / name))}"
+            for name in ("qemu-10.0", "guest")
+        ),
         # The modules hang below /usr/lib on a mount of their own.
         "mkdir -p /run/modules && mount --bind /usr/lib/modules /run/modules",
         "mount -t overlay -o lowerdir=/run/image/usr:/usr usr /usr",

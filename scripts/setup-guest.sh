@@ -1,0 +1,45 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# setup-guest.sh: the guest that is migrated in tests and in the demo:
+# build/guest/vmlinuz (Debian's cloud kernel, unpacked, not installed),
+# build/guest/initramfs.cpio (busybox, tests/guest/init and the workload), and
+# build/guest/workload for tests on the host.
+
+. "$(dirname "$0")/lib.sh"
+
+with_lock guest
+stamp_fresh guest "$0" "$ROOT"/tests/guest/* && exit 0
+dir=$BUILD/guest
+mkdir -p "$dir"
+
+if ! stamp_fresh guest-kernel "$0"; then
+	with_lock apt-lists
+	private_apt_update
+	image=$(private_apt apt-cache depends linux-image-cloud-amd64 |
+		sed -n 's/^ *Depends: //p' | grep -m1 '^linux-image-')
+	say guest "fetching $image"
+	fetch_debs "$image"
+	rm -rf "$dir/kernel"
+	mkdir -p "$dir/kernel"
+	dpkg-deb -x "$(deb_of "$image")" "$dir/kernel"
+	ln -sfn "kernel/boot/vmlinuz-${image#linux-image-}" "$dir/vmlinuz"
+	touch "$STAMPS/guest-kernel"
+fi
+
+say guest "building the workload and the initramfs"
+gcc -O2 -Wall -Wextra -Werror -static -pthread \
+	-o "$dir/workload" "$ROOT/tests/guest/workload.c"
+stage=$dir/initramfs.new
+rm -rf "$stage"
+mkdir -p "$stage"/{bin,proc,dev}
+cp /bin/busybox "$stage/bin/busybox"
+ln -s busybox "$stage/bin/sh"
+cp "$dir/workload" "$stage/bin/workload"
+cp "$ROOT/tests/guest/init" "$stage/init"
+# Not compressed: unpacking costs more than reading under emulation.
+(cd "$stage" && find . | LC_ALL=C sort |
+	cpio --quiet -o -H newc --owner=0:0 --reproducible >"$dir/initramfs.cpio.new")
+mv "$dir/initramfs.cpio.new" "$dir/initramfs.cpio"
+rm -rf "$stage"
+touch "$STAMPS/guest"
