@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Errors of pyumem.  One root, so that the command line can turn any of them into one line of text and an exit status."""
+"""Errors of pyumem.
+
+One root, so that the command line can turn any of them into one line of text and an exit status.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import ClassVar
 class UmemError(Exception):
     """Root of every error that pyumem raises on purpose.
 
-    exit_status is what a command ends with: 1 means that it failed and that the VM, if any, still runs where it ran.
+    exit_status is what a command ends with: 1 means that it failed and that the VM, if any, still
+    runs where it ran.
     """
 
     exit_status: ClassVar[int] = 1
@@ -71,7 +75,9 @@ class RefusedError(UmemError):
 
 
 class LostError(UmemError):
-    """The migration broke after the commit: the guest waits at the destination for pages that are here."""
+    """The migration broke after the commit: the guest waits at the destination for pages that are
+    here.
+    """
 
     exit_status = 4
 
@@ -85,13 +91,15 @@ class InterruptedByUserError(UmemError):
 class DriverError(UmemError):
     """A call into the driver failed.
 
-    errno is the driver's, as in the uapi header.  area (a name or a node) and pages (first page, count) say what the call was
-    about and are part of the text; either may be missing when the call was about neither.
+    errno is the driver's, as in the uapi header.  area (a name or a node) and pages (first page,
+    count) say what the call was about and are part of the text; either may be missing when the call
+    was about neither.
     """
 
     def __init__(
         self, what: str, errno: int, *, area: str = "", pages: tuple[int, int] | None = None
     ) -> None:
+        """Compose the text."""
         self.what = what
         self.errno = errno
         self.area = area

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Messages of the greeting: what each side says of itself, checked field by field, and the token that proves it.
+"""Messages of the greeting: what each side says of itself, checked field by field, and the token
+that proves it.
 
-The destination speaks first (CHALLENGE with a nonce).  The source answers HELLO, whose JSON is covered by
-HMAC-SHA256(token, "source" | nonce | JSON) and has a nonce of its own; WELCOME is covered the same way, so that each side knows
-that the other has the token before a byte of guest memory moves.  Without a token the key is empty.
+The destination speaks first (CHALLENGE with a nonce).  The source answers HELLO, whose JSON is
+covered by HMAC-SHA256(token, "source" | nonce | JSON) and has a nonce of its own; WELCOME is
+covered the same way, so that each side knows that the other has the token before a byte of guest
+memory moves.  Without a token the key is empty.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Lane(StrEnum):
 
 
 def valid_name(name: str) -> bool:
-    """Tell whether a VM or a RAM block may have this name: it becomes a directory and a part of an area's name."""
+    """Tell whether a VM or a RAM block may have this name: it becomes a directory and a part of an
+    area's name.
+    """
     return _NAME.fullmatch(name) is not None and name not in {".", ".."}
 
 
@@ -123,7 +127,9 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What the source says of a connection.  areas and background_lanes count on the control lane only."""
+    """What the source says of a connection.  areas and background_lanes count on the control lane
+    only.
+    """
 
     lane: Lane
     session: str
@@ -178,7 +184,8 @@ class Hello:
 def load_token(path: Path | None) -> bytes:
     """Read the shared token: the file named, else the default one if it exists, else none (empty).
 
-    White space around it does not count.  Raises UsageError for a file that cannot be read, is empty or readable by all.
+    White space around it does not count.  Raises UsageError for a file that cannot be read, is
+    empty or readable by all.
     """
     chosen = path or DEFAULT_TOKEN_FILE
     try:
@@ -198,8 +205,12 @@ def load_token(path: Path | None) -> bytes:
 
 
 def mac(token: bytes, who: str, nonce: str, payload: bytes) -> bytes:
-    """Return what proves that `who` ("source" or "destination") has the token and wrote the payload for this nonce."""
-    return hmac.new(token, who.encode() + b"\0" + nonce.encode() + b"\0" + payload, hashlib.sha256).digest()
+    """Return what proves that `who` ("source" or "destination") has the token and wrote the payload
+    for this nonce.
+    """
+    return hmac.new(
+        token, who.encode() + b"\0" + nonce.encode() + b"\0" + payload, hashlib.sha256
+    ).digest()
 
 
 def proven(expected: bytes, given: bytes) -> bool:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Frames of the TCP protocol between source and destination.  Pure: bytes in, values out, no sockets.
+"""Frames of the TCP protocol between source and destination.
+
+Pure: bytes in, values out, no sockets.
 
 A frame is a header of 24 bytes, all of it big-endian, and a payload of `length` bytes:
 
@@ -13,7 +15,8 @@ A frame is a header of 24 bytes, all of it big-endian, and a payload of `length`
         12    4  count: of pages (PAGES), of offsets (REQUEST, DISCARD), of ranges (ZERO)
         16    8  pgoff: first page (PAGES)
 
-The first eight bytes keep their meaning in every version, so that peers of different versions can tell each other so.
+The first eight bytes keep their meaning in every version, so that peers of different versions can
+tell each other so.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from pyumem.errors import ForeignPeerError, ProtocolError, VersionError
 
@@ -95,7 +99,10 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
 
 # What else may come to, or from, a port: the first bytes of a connection and who says them.
 _FOREIGN: Final = (
-    (b"QEVM", "QEMU's own migration stream; use `umemctl migrate` on the source, not QEMU's `migrate`"),
+    (
+        b"QEVM",
+        "QEMU's own migration stream; use `umemctl migrate` on the source, not QEMU's `migrate`",
+    ),
     (b"SSH-", "an SSH server"),
     (b"GET ", "an HTTP client"),
     (b"POST", "an HTTP client"),
@@ -105,8 +112,9 @@ _FOREIGN: Final = (
 )
 
 
-class Header(NamedTuple):
-    """A frame's header.  length is bytes of payload; the meaning of the others depends on the kind."""
+@dataclass(slots=True)
+class Header:
+    """A frame's header.  length is bytes of payload; what the rest means depends on the kind."""
 
     kind: Kind
     length: int
@@ -123,19 +131,24 @@ def pack(kind: Kind, length: int = 0, area: int = 0, count: int = 0, pgoff: int 
 def unpack(raw: bytes | bytearray | memoryview) -> Header:
     """Read a header of HEADER_SIZE bytes.
 
-    Raises ForeignPeerError, VersionError, or ProtocolError for an unknown kind or a payload above its bound.
+    Raises ForeignPeerError, VersionError, or ProtocolError for an unknown kind or a payload above
+    its bound.
     """
     magic, version, kind, length, area, reserved, count, pgoff = HEADER.unpack_from(raw)
     if magic != MAGIC:
         raise ForeignPeerError(_describe_foreign(bytes(raw[:PREFIX_SIZE])))
     if version != VERSION:
-        raise VersionError(f"the peer speaks version {version} of the protocol, this side version {VERSION}")
+        raise VersionError(
+            f"the peer speaks version {version} of the protocol, this side version {VERSION}"
+        )
     try:
         known = Kind(kind)
     except ValueError:
         raise ProtocolError(f"unknown frame kind {kind}") from None
     if length > MAX_LENGTH[known]:
-        raise ProtocolError(f"{known.name} frame of {length} bytes, at most {MAX_LENGTH[known]} are allowed")
+        raise ProtocolError(
+            f"{known.name} frame of {length} bytes, at most {MAX_LENGTH[known]} are allowed"
+        )
     if reserved:
         raise ProtocolError(f"{known.name} frame with reserved field {reserved:#x}")
     return Header(known, length, area, count, pgoff)
@@ -150,7 +163,9 @@ def check_prefix(raw: bytes | bytearray | memoryview) -> None:
     if magic != MAGIC:
         raise ForeignPeerError(_describe_foreign(bytes(raw[:PREFIX_SIZE])))
     if version != VERSION:
-        raise VersionError(f"the peer speaks version {version} of the protocol, this side version {VERSION}")
+        raise VersionError(
+            f"the peer speaks version {version} of the protocol, this side version {VERSION}"
+        )
 
 
 def _describe_foreign(start: bytes) -> str:
@@ -164,7 +179,10 @@ def _describe_foreign(start: bytes) -> str:
 
 
 def check_range(what: str, area: str, pgoff: int, count: int, npages: int) -> None:
-    """Refuse an empty range and one past the end of the area.  Raises ProtocolError that names area and range."""
+    """Refuse an empty range and one past the end of the area.
+
+    Raises ProtocolError that names area and range.
+    """
     if count < 1 or pgoff >= npages or count > npages - pgoff:
         raise ProtocolError(
             f"{what} of {count} page(s) from page {pgoff} on, area {area} has {npages} pages"
@@ -198,14 +216,20 @@ def unpack_offsets(
     header: Header, payload: bytes | bytearray | memoryview, area: str, npages: int
 ) -> tuple[int, ...]:
     """Return the offsets of a REQUEST or DISCARD.  Raises ProtocolError for one past the end."""
-    if header.length != header.count * _OFFSET_SIZE or len(payload) != header.length or not header.count:
+    if (
+        header.length != header.count * _OFFSET_SIZE
+        or len(payload) != header.length
+        or not header.count
+    ):
         raise ProtocolError(
             f"{header.kind.name} of {header.count} offset(s) with {header.length} bytes of payload"
         )
     offsets: tuple[int, ...] = struct.unpack(f"!{header.count}Q", payload)
     highest = max(offsets)
     if highest >= npages:
-        raise ProtocolError(f"{header.kind.name} for page {highest}, area {area} has {npages} pages")
+        raise ProtocolError(
+            f"{header.kind.name} for page {highest}, area {area} has {npages} pages"
+        )
     return offsets
 
 
@@ -222,8 +246,14 @@ def unpack_ranges(
     header: Header, payload: bytes | bytearray | memoryview, area: str, npages: int
 ) -> list[tuple[int, int]]:
     """Return the ranges of a ZERO.  Raises ProtocolError for an empty one or one past the end."""
-    if header.length != header.count * _RANGE_SIZE or len(payload) != header.length or not header.count:
-        raise ProtocolError(f"ZERO of {header.count} range(s) with {header.length} bytes of payload")
+    if (
+        header.length != header.count * _RANGE_SIZE
+        or len(payload) != header.length
+        or not header.count
+    ):
+        raise ProtocolError(
+            f"ZERO of {header.count} range(s) with {header.length} bytes of payload"
+        )
     words = struct.unpack(f"!{2 * header.count}Q", payload)
     ranges = list(zip(words[0::2], words[1::2], strict=True))
     for pgoff, count in ranges:
@@ -238,7 +268,9 @@ def pack_json(kind: Kind, message: dict[str, Any], mac: bytes = b"") -> bytes:
     """Return a frame with a JSON object, after a MAC where the kind has one."""
     payload = mac + json.dumps(message, separators=(",", ":"), sort_keys=True).encode()
     if len(payload) > MAX_LENGTH[kind]:
-        raise ValueError(f"{kind.name} of {len(payload)} bytes, at most {MAX_LENGTH[kind]} are allowed")
+        raise ValueError(
+            f"{kind.name} of {len(payload)} bytes, at most {MAX_LENGTH[kind]} are allowed"
+        )
     return pack(kind, len(payload)) + payload
 
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who sends which page: one byte a page, shared by all lanes of the source, so that a page is sent
+once.
+
+Pages of all areas are numbered in one row ("slots"): area 0 first, then area 1, and so on.  Whoever
+turns a slot's byte from 0 to 1 under the lock has to send that page.  The map also has the cursor
+of the background transfer, which a request moves to behind the page that was asked for: what the
+guest touched last tells best what it touches next.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Final
+
+from pyumem.shm import ProcessLock, SharedMemory
+
+_HEAD: Final = 4096
+_CURSOR: Final = struct.Struct("=Q")
+_FREE: Final = b"\0"
+
+
+class Slots:
+    """The row of all pages of all areas.  sizes are in pages."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Number the pages of areas with these sizes."""
+        self.sizes: Final = tuple(sizes)
+        self.bases: Final = tuple(accumulate(self.sizes, initial=0))
+        self.total: Final = self.bases[-1]
+
+    def slot(self, area: int, pgoff: int) -> int:
+        """Return the slot of a page."""
+        return self.bases[area] + pgoff
+
+    def area_of(self, slot: int) -> int:
+        """Return the index of the area that a slot belongs to."""
+        for area, base in enumerate(self.bases[1:]):
+            if slot < base:
+                return area
+        raise ValueError(f"slot {slot} of {self.total}")
+
+
+class ClaimMap:
+    """The map, as one process sees it."""
+
+    def __init__(self, memory: SharedMemory, slots: Slots) -> None:
+        """Own the memory from now on; slots tells what it is a map of."""
+        if memory.size != _HEAD + slots.total:
+            raise ValueError(f"claim map of {memory.size} bytes for {slots.total} pages")
+        self.memory = memory
+        self.slots: Final = slots
+        self._lock = ProcessLock(memory.fd)
+
+    @classmethod
+    def create(cls, slots: Slots) -> ClaimMap:
+        """Make a map in which every page is free."""
+        return cls(SharedMemory.create("claims", _HEAD + slots.total), slots)
+
+    @classmethod
+    def attach(cls, fd: int, slots: Slots) -> ClaimMap:
+        """Map one that another process made; fd is owned from now on."""
+        return cls(SharedMemory.attach(fd), slots)
+
+    def close(self) -> None:
+        """Unmap; again is harmless."""
+        self._lock.close()
+        self.memory.close()
+
+    # --- the cursor ---
+
+    @property
+    def cursor(self) -> int:
+        """Return the slot at which the background transfer goes on."""
+        (slot,) = _CURSOR.unpack_from(self.memory.map, 0)
+        return int(slot) if slot < self.slots.total else 0
+
+    @cursor.setter
+    def cursor(self, slot: int) -> None:
+        _CURSOR.pack_into(self.memory.map, 0, slot)
+
+    # --- claiming ---
+
+    def claim(self, slots: Iterable[int]) -> list[int]:
+        """Claim single slots for a request and move the cursor behind the last one.
+
+        Returns those that were free.
+        """
+        mine = []
+        data = self.memory.map
+        with self._lock:
+            for slot in slots:
+                if not data[_HEAD + slot]:
+                    data[_HEAD + slot] = 1
+                    mine.append(slot)
+            if mine:
+                self.cursor = mine[-1] + 1
+        return mine
+
+    def claim_range(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Claim what is free within a range.  Returns it as ranges (first slot, count)."""
+        mine = []
+        data = self.memory.map
+        at, end = _HEAD + start, _HEAD + start + count
+        with self._lock:
+            while (at := data.find(_FREE, at, end)) >= 0:
+                stop = data.find(b"\1", at, end)
+                stop = end if stop < 0 else stop
+                data[at:stop] = b"\1" * (stop - at)
+                mine.append((at - _HEAD, stop - at))
+                at = stop
+        return mine
+
+    def claim_run(self, longest: int) -> tuple[int, int] | None:
+        """Claim the next run of at most `longest` free slots from the cursor on, within one area.
+
+        Returns (first slot, count), or None when no slot is free any more.
+        """
+        while True:
+            # The search may pass over a long stretch of pages that were sent: not under the lock,
+            # since a request waits for that.
+            cursor = self.cursor
+            start = self._find_free(cursor)
+            if start is None:
+                return None
+            end = min(start + longest, self.slots.bases[self.slots.area_of(start) + 1])
+            data = self.memory.map
+            with self._lock:
+                if data[_HEAD + start]:
+                    continue
+                stop = data.find(b"\1", _HEAD + start, _HEAD + end)
+                stop = _HEAD + end if stop < 0 else stop
+                data[_HEAD + start : stop] = b"\1" * (stop - _HEAD - start)
+                # A request that came meanwhile has moved it to where it matters more.
+                if self.cursor == cursor:
+                    self.cursor = stop - _HEAD
+            return start, stop - _HEAD - start
+
+    def _find_free(self, cursor: int) -> int | None:
+        data = self.memory.map
+        at = data.find(_FREE, _HEAD + cursor)
+        if at < 0:
+            at = data.find(_FREE, _HEAD, _HEAD + cursor)
+        return None if at < 0 else at - _HEAD
+
+    def claimed(self) -> int:
+        """Return how many slots are claimed.  Reads the whole map."""
+        return bytes(memoryview(self.memory.map)[_HEAD:]).count(1)

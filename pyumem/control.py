@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The sockets through which the commands of this host talk to its daemons: one JSON object a line,
+answer for question.
+
+A question is {"command": NAME, ...}; an answer {"ok": true, ...} or {"ok": false, "error": TEXT}.
+A question is answered from memory: no handler waits for the network or touches guest memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pyumem.errors import ControlError, UmemError
+
+MAX_LINE: Final = 256 * 1024
+
+Handler = Callable[[dict[str, Any], asyncio.Event], Awaitable[dict[str, Any]]]
+"""Answers one question.  The event is set when the asker has closed its connection."""
+
+
+class ControlServer:
+    """Listens on a Unix socket, mode 0600.
+
+    A context manager; whoever makes one holds a lock that says the path is its own.
+    """
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        """Name the socket's path; a socket that was left there is removed."""
+        self._path = path
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Listen."""
+        self._path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            mask = os.umask(0o177)
+            try:
+                sock.bind(str(self._path))
+            finally:
+                os.umask(mask)
+            self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE)
+        except OSError as e:
+            sock.close()
+            raise ControlError(f"{self._path}: {e.strerror}") from e
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close every connection and remove the socket."""
+        assert self._server is not None
+        self._server.close()
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.set_name(f"control {self._path.name}")
+        self._open.add(task)
+        gone = asyncio.Event()
+        try:
+            while line := await reader.readline():
+                answer = await self._answer(line, gone)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (OSError, ValueError, asyncio.CancelledError):
+            pass  # a line that is too long, a client that left, or our own end
+        finally:
+            gone.set()
+            self._open.discard(task)
+            writer.close()
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await writer.wait_closed()
+
+    async def _answer(self, line: bytes, gone: asyncio.Event) -> dict[str, Any]:
+        try:
+            question = json.loads(line)
+            if not isinstance(question, dict) or not isinstance(question.get("command"), str):
+                raise ControlError("a question is a JSON object with a 'command'")
+            return {"ok": True, **await self._handler(question, gone)}
+        except (UmemError, ValueError) as e:
+            return {"ok": False, "error": str(e), "exit_status": getattr(e, "exit_status", 1)}
+
+
+class ControlClient:
+    """Asks a daemon, blocking.
+
+    A context manager.  The connection may stay open to show that the asker lives.
+    """
+
+    def __init__(self, path: Path, *, timeout: float = 10.0) -> None:
+        """Connect.  timeout is in seconds and bounds each answer.  Raises ControlError."""
+        self._path = path
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.connect(str(path))
+        except OSError as e:
+            self._sock.close()
+            raise ControlError(f"{path}: {e.strerror or e}") from e
+        self._file = self._sock.makefile("rb")
+
+    def ask(self, command: str, **more: object) -> dict[str, Any]:
+        """Ask and return the answer.
+
+        Raises ControlError, with the daemon's words when it said no.
+        """
+        try:
+            self._sock.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
+            line = self._file.readline(MAX_LINE)
+            answer = json.loads(line) if line else None
+        except (OSError, ValueError) as e:
+            raise ControlError(f"{self._path}: {e}") from e
+        if not isinstance(answer, dict):
+            raise ControlError(f"{self._path}: the daemon closed the connection")
+        if not answer.get("ok"):
+            raise ControlError(str(answer.get("error")))
+        return answer
+
+    def close(self) -> None:
+        """Close the connection; again is harmless."""
+        self._file.close()
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        """Leave the rest to __exit__()."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A background lane at the destination: receive runs of pages that nobody asked for yet, until the
+source says END.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from pyumem import wire
+from pyumem.claims import Slots
+from pyumem.errors import LinkError
+from pyumem.lanes.fill import Arrivals, Filler
+from pyumem.lanes.link import Link
+from pyumem.stats import StatsBlock
+from pyumem.worker import Channel, run
+
+
+def serve(link: Link, filler: Filler) -> None:
+    """Receive until END.  Raises LinkError, ProtocolError, DriverError."""
+    while True:
+        header = link.header()
+        if header is None:
+            raise LinkError(f"{link.peer}: the source closed a background lane before its end")
+        if header.kind is wire.Kind.END:
+            return
+        filler.take(header)
+
+
+def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
+    """Set up from the start message: fds as in destination_urgent."""
+    from pyumem.area import Area
+
+    sock = socket.socket(fileno=fds[0])
+    stats = StatsBlock.attach(fds[1])
+    areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
+    slots = Slots([area.npages for area in areas])
+    for area in areas:
+        area.view(0, 1).release()
+    link = Link(sock, message["peer"], stats)
+    channel.send({"event": "ready"})
+    if not channel.wait_go():
+        return
+    serve(link, Filler(link, areas, Arrivals.attach(slots, fds[2:4]), stats))
+    # The socket stays open until the parent ends this process: that is how the source sees that the
+    # lane is alive.
+    channel.send({"event": "drained"})
+    channel.receive()
+
+
+if __name__ == "__main__":
+    run(body)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The urgent lane at the destination: the way of a page from the guest's fault to its wake, as far
+as user space goes.
+
+    guest touches a missing page -> the driver queues a request and the vCPU sleeps
+    -> poll() says so, requests() reads a batch                                          (_ask)
+    -> one REQUEST frame to the source
+    -> a PAGES frame comes back; its payload is received straight into the backing file
+    (Filler.take)
+    -> mark(): the driver sets the cached bit and wakes the vCPU
+
+One thread, one poll.  Requests never wait for room in the socket while pages could be received:
+what the socket does not take stays in _out and the driver is not asked for more until it went.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from pyumem import wire
+from pyumem.claims import Slots
+from pyumem.errors import LinkError
+from pyumem.lanes.fill import AreaLike, Arrivals, Filler
+from pyumem.lanes.link import Link
+from pyumem.stats import Counter, StatsBlock
+from pyumem.uapi import UMEM_REQUEST_DISCARDED
+from pyumem.worker import Channel, run
+
+
+class UrgentLane:
+    """The loop."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        link: Link,
+        areas: Sequence[AreaLike],
+        arrivals: Arrivals,
+        stats: StatsBlock,
+    ) -> None:
+        """Serve the areas over the link."""
+        self._channel = channel
+        self._link = link
+        self._areas = areas
+        self._arrivals = arrivals
+        self._stats = stats
+        self._filler = Filler(link, areas, arrivals, stats)
+        self._out = bytearray()
+
+    def run(self) -> None:
+        """Serve until the parent says stop.  Raises LinkError, ProtocolError, DriverError."""
+        lane, parent = self._link.fileno(), self._channel.fileno()
+        by_fd = {area.fileno(): index for index, area in enumerate(self._areas)}
+        poll = select.poll()
+        poll.register(lane, select.POLLIN)
+        poll.register(parent, select.POLLIN)
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        listening = True
+        while True:
+            for fd, events in poll.poll():
+                if fd == lane:
+                    if events & select.POLLOUT:
+                        self._flush()
+                    if events & ~select.POLLOUT:
+                        self._receive()
+                elif fd == parent:
+                    return  # there is one command, and it is to stop
+                elif listening:
+                    self._ask(by_fd[fd])
+            if listening == bool(self._out):
+                listening = not self._out
+                poll.modify(lane, select.POLLIN if listening else select.POLLIN | select.POLLOUT)
+                for fd in by_fd:
+                    # 0 still reports errors, which _ask() turns into the driver's own words.
+                    poll.modify(fd, select.POLLIN if listening else 0)
+
+    def _ask(self, index: int) -> None:
+        """Read a batch of requests off the driver and send them."""
+        records = self._areas[index].requests()
+        base = self._arrivals.slots.bases[index]
+        wanted, discarded = [], []
+        words = records.tolist()
+        for pgoff, flags in zip(words[0::2], words[1::2], strict=True):
+            if flags & UMEM_REQUEST_DISCARDED:
+                discarded.append(pgoff)
+            elif self._arrivals.asked_now(base + pgoff):
+                wanted.append(pgoff)
+        if wanted:
+            self._out += wire.pack_offsets(wire.Kind.REQUEST, index, wanted)
+            self._stats.add(Counter.REQUESTS, len(wanted))
+        if discarded:
+            self._out += wire.pack_offsets(wire.Kind.DISCARD, index, discarded)
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._out:
+            return
+        try:
+            sent = self._link.sock.send(self._out, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as e:
+            raise LinkError(f"{self._link.peer}: {e.strerror}") from e
+        del self._out[:sent]
+        self._stats.add(Counter.BYTES, sent)
+
+    def _receive(self) -> None:
+        header = self._link.header()
+        if header is None:
+            raise LinkError(f"{self._link.peer}: the source closed the urgent lane")
+        self._filler.take(header)
+
+
+def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
+    """Set up from the start message: fds are the socket, stats, received, asked, then server_fd and
+    shmem_fd of each area.
+    """
+    from pyumem.area import Area
+
+    sock = socket.socket(fileno=fds[0])
+    stats = StatsBlock.attach(fds[1])
+    areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
+    slots = Slots([area.npages for area in areas])
+    for area in areas:
+        area.set_blocking(False)
+        area.view(0, 1).release()  # map it now, not at the first request
+    channel.send({"event": "ready"})
+    lane = UrgentLane(
+        channel, Link(sock, message["peer"], stats), areas, Arrivals.attach(slots, fds[2:4]), stats
+    )
+    # The parent has to say WELCOME on the socket first.
+    if channel.wait_go():
+        lane.run()
+
+
+if __name__ == "__main__":
+    run(body)

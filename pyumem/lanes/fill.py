@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What both lanes of the destination do with pages: check them, receive them into the backing file,
+mark them cached.
+
+Three things are shared by the lanes of a migration:
+
+  areas     the driver's areas, or anything with their interface (AreaLike)
+  received  one byte a page: a page that came once is refused a second time, whatever the peer does,
+            since the guest owns it by then
+  asked     one 64-bit word a page: when the request was read off the driver (CLOCK_MONOTONIC, ns),
+            0 if never; the lane on which the page then
+            comes, whichever it is, records the latency
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
+
+from pyumem import wire
+from pyumem.claims import Slots
+from pyumem.errors import ProtocolError
+from pyumem.lanes.link import Link
+from pyumem.shm import SharedMemory
+from pyumem.stats import Counter, StatsBlock
+
+PAGE_SIZE: Final = mmap.PAGESIZE
+_COMING: Final = b"\1"
+_HERE: Final = b"\2"
+
+
+class AreaLike(Protocol):
+    """What the lanes need of pyumem.area.Area; tests have one without a driver."""
+
+    @property
+    def name(self) -> str:
+        """Name, for errors."""
+
+    @property
+    def npages(self) -> int:
+        """Size in pages."""
+
+    def fileno(self) -> int:
+        """Descriptor that is readable while a request is pending."""
+
+    def view(self, pgoff: int, count: int) -> memoryview:
+        """Pages of the backing file, to receive into."""
+
+    def requests(self) -> memoryview:
+        """Requests as words pgoff, flags, ...; empty when there is none."""
+
+    def mark(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Mark ranges, return how many pages were missing before."""
+
+
+class Arrivals:
+    """The two shared maps, as one process sees them."""
+
+    def __init__(self, slots: Slots, received: SharedMemory, asked: SharedMemory) -> None:
+        """Own both memories from now on."""
+        self.slots: Final = slots
+        self.received = received
+        self.asked = asked
+        self._times = memoryview(asked.map).cast("Q")
+
+    @classmethod
+    def create(cls, slots: Slots) -> Arrivals:
+        """Make both, empty."""
+        return cls(
+            slots,
+            SharedMemory.create("received", slots.total),
+            SharedMemory.create("asked", 8 * slots.total),
+        )
+
+    @classmethod
+    def attach(cls, slots: Slots, fds: Sequence[int]) -> Arrivals:
+        """Map what another process made; the two descriptors are owned from now on."""
+        received, asked = fds
+        return cls(slots, SharedMemory.attach(received), SharedMemory.attach(asked))
+
+    @property
+    def fds(self) -> list[int]:
+        """Return the descriptors to hand to attach() in another process."""
+        return [self.received.fd, self.asked.fd]
+
+    def asked_now(self, slot: int) -> bool:
+        """Note that the page is asked for.  False when it was already."""
+        if self._times[slot]:
+            return False
+        self._times[slot] = time.monotonic_ns()
+        return True
+
+    def coming(self, slot: int, count: int) -> bool:
+        """Note that pages are being received.
+
+        False, and nothing noted, when one of them came before.
+        """
+        data = self.received.map
+        # Bytes are 0, 1 or 2: all of them are 0 exactly when stripping zeros leaves nothing.
+        if data[slot : slot + count].strip(b"\0"):
+            return False
+        data[slot : slot + count] = _COMING * count
+        return True
+
+    def here(self, slot: int, count: int, stats: StatsBlock) -> None:
+        """Note that pages are marked, and record the latency of those that were asked for."""
+        self.received.map[slot : slot + count] = _HERE * count
+        times = self._times[slot : slot + count]
+        if count > 512 and not any(times):
+            return
+        now = 0
+        for since in times:
+            if since:
+                now = now or time.monotonic_ns()
+                stats.latency(now - since)
+                # Not cleared: a request that the driver delivers twice is asked for once.
+        times.release()
+
+    def close(self) -> None:
+        """Unmap; again is harmless."""
+        self._times.release()
+        self.received.close()
+        self.asked.close()
+
+
+class Filler:
+    """Takes PAGES and ZERO frames of one lane."""
+
+    def __init__(
+        self, link: Link, areas: Sequence[AreaLike], arrivals: Arrivals, stats: StatsBlock
+    ) -> None:
+        """Fill the areas from the link."""
+        self._link = link
+        self._areas = areas
+        self._arrivals = arrivals
+        self._stats = stats
+
+    def take(self, header: wire.Header) -> None:
+        """Receive and mark what the frame brings.
+
+        Raises ProtocolError (naming peer, area and range), LinkError, DriverError.
+        """
+        try:
+            area = self._area(header)
+            if header.kind is wire.Kind.PAGES:
+                self._pages(header, area)
+            elif header.kind is wire.Kind.ZERO:
+                self._zero(header, area)
+            else:
+                raise ProtocolError(f"{header.kind.name} does not belong on this lane")
+        except ProtocolError as e:
+            raise ProtocolError(f"{self._link.peer}: {e}") from None
+
+    def _area(self, header: wire.Header) -> AreaLike:
+        if header.area >= len(self._areas):
+            raise ProtocolError(
+                f"{header.kind.name} for area number {header.area}, there are {len(self._areas)}"
+            )
+        return self._areas[header.area]
+
+    def _pages(self, header: wire.Header, area: AreaLike) -> None:
+        pgoff, count = header.pgoff, header.count
+        wire.check_pages(header, area.name, area.npages, PAGE_SIZE)
+        slot = self._fresh("PAGES", header.area, area, pgoff, count)
+        with area.view(pgoff, count) as view:
+            self._link.receive_into(view)
+        self._stats.add(Counter.MARKED, area.mark(((pgoff, count),)))
+        self._arrivals.here(slot, count, self._stats)
+        self._stats.add(Counter.PAGES, count)
+
+    def _zero(self, header: wire.Header, area: AreaLike) -> None:
+        ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
+        slots = [self._fresh("ZERO", header.area, area, pgoff, count) for pgoff, count in ranges]
+        # The backing file of a missing page reads as zeros: marking is all.
+        self._stats.add(Counter.MARKED, area.mark(ranges))
+        for slot, (_, count) in zip(slots, ranges, strict=True):
+            self._arrivals.here(slot, count, self._stats)
+            self._stats.add(Counter.ZERO_PAGES, count)
+
+    def _fresh(self, what: str, index: int, area: AreaLike, pgoff: int, count: int) -> int:
+        slot = self._arrivals.slots.slot(index, pgoff)
+        if not self._arrivals.coming(slot, count):
+            raise ProtocolError(
+                f"{what} of {count} page(s) from page {pgoff} on, area {area.name}: "
+                f"at least one of them was sent before"
+            )
+        return slot

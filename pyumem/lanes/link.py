@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A lane's socket as a worker sees it: blocking, framed, counting; page data goes between socket
+and mapping without a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Final
+
+from pyumem import wire
+from pyumem.errors import LinkError
+from pyumem.stats import Counter, StatsBlock
+
+DEAD_PEER_S: Final = 30
+"""Seconds without an answer of the peer's kernel after which a lane is given up."""
+BACKGROUND_SNDBUF: Final = 256 * 1024
+"""Send buffer of a background lane in bytes: what an urgent page may find ahead of it in the
+network.
+"""
+BACKGROUND_LOWAT: Final = 64 * 1024
+"""Unsent bytes of a background lane above which its sender sleeps."""
+_URGENT_PRIORITY: Final = 6
+"""SO_PRIORITY of urgent lanes: the first band of pfifo_fast and of prio, the most that needs no
+privilege.
+"""
+
+
+def tune(sock: socket.socket, *, urgent: bool = False, background: bool = False) -> None:
+    """Set what every lane needs: small frames at once, a dead peer noticed in bounded time."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        tcp = socket.IPPROTO_TCP
+        sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
+        sock.setsockopt(tcp, socket.TCP_USER_TIMEOUT, DEAD_PEER_S * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(tcp, socket.TCP_KEEPIDLE, DEAD_PEER_S // 3)
+        sock.setsockopt(tcp, socket.TCP_KEEPINTVL, DEAD_PEER_S // 6)
+        sock.setsockopt(tcp, socket.TCP_KEEPCNT, 4)
+        if background:
+            sock.setsockopt(tcp, socket.TCP_NOTSENT_LOWAT, BACKGROUND_LOWAT)
+    if urgent:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _URGENT_PRIORITY)
+    if background:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BACKGROUND_SNDBUF)
+
+
+class Link:
+    """One lane.  Owns the socket."""
+
+    def __init__(self, sock: socket.socket, peer: str, stats: StatsBlock) -> None:
+        """Own the socket from now on."""
+        sock.setblocking(True)
+        self.sock = sock
+        self.peer: Final = peer
+        self._stats = stats
+        self._header = memoryview(bytearray(wire.HEADER_SIZE))
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self.sock.fileno()
+
+    # --- receiving ---
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill the view.  Raises LinkError when the peer goes away before that."""
+        done = self._fill(view)
+        if done < len(view):
+            raise LinkError(
+                f"{self.peer}: connection closed within a frame ({done} of {len(view)} bytes)"
+            )
+
+    def _fill(self, view: memoryview) -> int:
+        done = 0
+        try:
+            while done < len(view):
+                got = self.sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
+                if not got:
+                    break
+                done += got
+        except OSError as e:
+            raise LinkError(f"{self.peer}: {e.strerror}") from e
+        self._stats.add(Counter.BYTES, done)
+        return done
+
+    def header(self) -> wire.Header | None:
+        """Return the next header, None when the peer closed the connection between two frames.
+
+        Raises LinkError and ProtocolError.
+        """
+        done = self._fill(self._header)
+        if not done:
+            return None
+        if done < wire.HEADER_SIZE:
+            raise LinkError(f"{self.peer}: connection closed within a header")
+        return wire.unpack(self._header)
+
+    def payload(self, header: wire.Header) -> memoryview:
+        """Return the payload of a small frame.  Pages are received by receive_into() instead."""
+        view = memoryview(bytearray(header.length))
+        self.receive_into(view)
+        return view
+
+    # --- sending ---
+
+    def send(self, *parts: bytes | memoryview) -> None:
+        """Send all of it, in one system call when the socket takes it.  Raises LinkError."""
+        total = sum(len(part) for part in parts)
+        try:
+            sent = self.sock.sendmsg(parts)
+            while sent < total:
+                # Rare: a signal, or a socket buffer that was nearly full.
+                rest = []
+                skip = sent
+                for part in parts:
+                    if skip < len(part):
+                        rest.append(memoryview(part)[skip:])
+                        skip = 0
+                    else:
+                        skip -= len(part)
+                sent += self.sock.sendmsg(rest)
+        except OSError as e:
+            raise LinkError(f"{self.peer}: {e.strerror}") from e
+        self._stats.add(Counter.BYTES, total)
+
+    def close(self) -> None:
+        """Close the connection; again is harmless."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What both lanes of the source do with pages they have claimed: send what has content, tell what
+is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from pyumem import wire
+from pyumem.lanes.link import Link
+from pyumem.ram import PAGE_SIZE, RamFile
+from pyumem.stats import Counter, StatsBlock
+
+RUN_PAGES: Final = max(1, 256 * 1024 // PAGE_SIZE)
+"""Longest run in one frame, in pages: short enough that an urgent page waits for little behind it.
+"""
+
+
+class Sender:
+    """Sends claimed pages on one lane."""
+
+    def __init__(self, link: Link, ram: Sequence[RamFile], stats: StatsBlock) -> None:
+        """Send from these RAM blocks, in the order of HELLO."""
+        self._link = link
+        self._ram = ram
+        self._stats = stats
+
+    def send(self, area: int, pgoff: int, count: int) -> None:
+        """Send a claimed range: a PAGES frame for each stretch with content, one ZERO frame for the
+        rest.  Raises LinkError.
+        """
+        ram = self._ram[area]
+        zero: list[tuple[int, int]] = []
+        for content, first, nr in ram.pieces(pgoff, count):
+            if not content:
+                zero.append((first, nr))
+                continue
+            for start in range(first, first + nr, RUN_PAGES):
+                run = min(RUN_PAGES, first + nr - start)
+                with ram.view(start, run) as view:
+                    self._link.send(wire.pack_pages(area, start, run, PAGE_SIZE), view)
+                self._stats.add(Counter.PAGES, run)
+        self.zero(area, zero)
+
+    def zero(self, area: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """Tell that ranges are zero.  Raises LinkError."""
+        for at in range(0, len(ranges), wire.MAX_RANGES):
+            part = ranges[at : at + wire.MAX_RANGES]
+            self._link.send(wire.pack_ranges(area, part))
+            self._stats.add(Counter.ZERO_PAGES, sum(count for _, count in part))

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A background lane at the source: send, in runs behind the cursor, what nobody asked for yet.
+
+It begins when the parent says "go": after the VM has stopped, and with `migrate -n` not before the
+user asks for it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pyumem import wire
+from pyumem.claims import ClaimMap, Slots
+from pyumem.errors import LinkError
+from pyumem.lanes.link import Link
+from pyumem.lanes.serve_pages import RUN_PAGES, Sender
+from pyumem.ram import RamFile
+from pyumem.stats import StatsBlock
+from pyumem.worker import Channel, run
+
+_HOLE_PAGES: Final = 16384
+"""Pages of a hole that are claimed under the lock at a time: a request waits for that."""
+_HOLE_RANGES: Final = 256
+"""Ranges that are gathered before they are sent: whoever waits for a page in them waits for that.
+"""
+
+
+class BackgroundLane:
+    """The loop."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        link: Link,
+        ram: Sequence[RamFile],
+        claims: ClaimMap,
+        stats: StatsBlock,
+    ) -> None:
+        """Send on the link what the claim map says is free."""
+        self._channel = channel
+        self._link = link
+        self._ram = ram
+        self._claims = claims
+        self._sender = Sender(link, ram, stats)
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        self._poll.register(link.fileno(), select.POLLIN)
+
+    def run(self, *, holes: bool) -> None:
+        """Wait for "go", send until every page is claimed, then END.  `holes`: first tell what is a
+        hole.  Raises LinkError.
+        """
+        if not self._go():
+            return
+        if (not holes or self._tell_holes()) and self._send_runs():
+            self._link.send(wire.pack(wire.Kind.END))
+        # Nothing more to send, but an open connection is how the destination sees that this side is
+        # alive.
+        self._idle()
+
+    def _go(self) -> bool:
+        for fd, _ in self._poll.poll():
+            if fd == self._link.fileno():
+                self._unexpected()
+        return self._channel.wait_go()
+
+    def _stopped(self) -> bool:
+        """Tell whether the parent wants an end, without waiting."""
+        fds = [fd for fd, _ in self._poll.poll(0)]
+        if self._channel.fileno() in fds:
+            return True
+        if fds:
+            self._unexpected()
+        return False
+
+    def _unexpected(self) -> None:
+        # The destination says nothing on this lane: data or an end of file are both its end.
+        raise LinkError(f"{self._link.peer}: the destination closed a background lane")
+
+    def _tell_holes(self) -> bool:
+        for area, ram in enumerate(self._ram):
+            base = self._claims.slots.bases[area]
+            gathered: list[tuple[int, int]] = []
+            for has_data, first, count in ram.extents(0, ram.npages):
+                if has_data:
+                    continue
+                for at in range(first, first + count, _HOLE_PAGES):
+                    part = min(_HOLE_PAGES, first + count - at)
+                    gathered += (
+                        (slot - base, nr) for slot, nr in self._claims.claim_range(base + at, part)
+                    )
+                if len(gathered) >= _HOLE_RANGES:
+                    self._sender.zero(area, gathered)
+                    gathered = []
+                    if self._stopped():
+                        return False
+            self._sender.zero(area, gathered)
+        return True
+
+    def _send_runs(self) -> bool:
+        slots = self._claims.slots
+        while claimed := self._claims.claim_run(RUN_PAGES):
+            start, count = claimed
+            area = slots.area_of(start)
+            self._sender.send(area, start - slots.bases[area], count)
+            if self._stopped():
+                return False
+        return True
+
+    def _idle(self) -> None:
+        while not self._stopped():
+            self._poll.poll()
+
+
+def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
+    """Set up from the start message: fds as in source_urgent."""
+    sock = socket.socket(fileno=fds[0])
+    stats = StatsBlock.attach(fds[1])
+    ram = [
+        RamFile(fd, spec["id"], spec["size_bytes"])
+        for fd, spec in zip(fds[3:], message["areas"], strict=True)
+    ]
+    claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
+    channel.send({"event": "ready"})
+    lane = BackgroundLane(channel, Link(sock, message["peer"], stats), ram, claims, stats)
+    lane.run(holes=message["index"] == 0)
+
+
+if __name__ == "__main__":
+    run(body)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The urgent lane at the source: answer requests, each page once, before anything else.
+
+No page is read before the parent says "go", which it does when the VM has stopped: until then its
+memory still changes.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pyumem import wire
+from pyumem.claims import ClaimMap, Slots
+from pyumem.errors import LinkError, ProtocolError
+from pyumem.lanes.link import Link
+from pyumem.lanes.serve_pages import Sender
+from pyumem.ram import RamFile
+from pyumem.stats import Counter, StatsBlock
+from pyumem.worker import Channel, run
+
+
+def runs(sorted_pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Join neighbours: yield (first, count)."""
+    start = count = 0
+    for page in sorted_pages:
+        if count and page == start + count:
+            count += 1
+            continue
+        if count:
+            yield start, count
+        start, count = page, 1
+    if count:
+        yield start, count
+
+
+class UrgentLane:
+    """The loop."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        link: Link,
+        ram: Sequence[RamFile],
+        claims: ClaimMap,
+        stats: StatsBlock,
+    ) -> None:
+        """Answer the link from these RAM blocks."""
+        self._channel = channel
+        self._link = link
+        self._ram = ram
+        self._claims = claims
+        self._stats = stats
+        self._sender = Sender(link, ram, stats)
+
+    def run(self) -> None:
+        """Wait for "go", then answer until the parent says stop.
+
+        Raises LinkError, ProtocolError.
+        """
+        if not self._channel.wait_go():
+            return
+        lane, parent = self._link.fileno(), self._channel.fileno()
+        poll = select.poll()
+        poll.register(lane, select.POLLIN)
+        poll.register(parent, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == parent:
+                    return
+                self._answer()
+
+    def _answer(self) -> None:
+        header = self._link.header()
+        if header is None:
+            raise LinkError(f"{self._link.peer}: the destination closed the urgent lane")
+        try:
+            self._take(header)
+        except ProtocolError as e:
+            raise ProtocolError(f"{self._link.peer}: {e}") from None
+
+    def _take(self, header: wire.Header) -> None:
+        kind, area = header.kind, header.area
+        if kind not in (wire.Kind.REQUEST, wire.Kind.DISCARD):
+            raise ProtocolError(f"{kind.name} does not belong on this lane")
+        if area >= len(self._ram):
+            raise ProtocolError(f"{kind.name} for area number {area}, there are {len(self._ram)}")
+        ram = self._ram[area]
+        offsets = wire.unpack_offsets(header, self._link.payload(header), ram.name, ram.npages)
+        base = self._claims.slots.bases[area]
+        if kind is wire.Kind.DISCARD:
+            # Whatever is here does not count any more.  What another lane claimed is on its way;
+            # the driver zeroes it at the mark.
+            ranges = [
+                (slot - base, count)
+                for pgoff in offsets
+                for slot, count in self._claims.claim_range(base + pgoff, 1)
+            ]
+            self._sender.zero(area, ranges)
+            return
+        mine = self._claims.claim([base + pgoff for pgoff in offsets])
+        self._stats.add(Counter.REQUESTS, len(offsets))
+        self._stats.add(Counter.REQUESTS_STALE, len(offsets) - len(mine))
+        # In the order of the faults; neighbours that were asked for together go together.
+        for start, count in runs(mine):
+            self._sender.send(area, start - base, count)
+
+
+def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
+    """Set up from the start message: fds are the socket, stats, claims, then the file of each RAM
+    block.
+    """
+    sock = socket.socket(fileno=fds[0])
+    stats = StatsBlock.attach(fds[1])
+    ram = [
+        RamFile(fd, spec["id"], spec["size_bytes"])
+        for fd, spec in zip(fds[3:], message["areas"], strict=True)
+    ]
+    claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
+    channel.send({"event": "ready"})
+    UrgentLane(channel, Link(sock, message["peer"], stats), ram, claims, stats).run()
+
+
+if __name__ == "__main__":
+    run(body)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where things of this host live: the runtime directory, its sockets and locks, and the RAM files
+of VMs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pyumem.errors import ControlError, UsageError
+from pyumem.hello import valid_name
+
+
+def runtime_dir() -> Path:
+    """Return $UMEM_RUNTIME_DIR, else /run/umem for root, else $XDG_RUNTIME_DIR/umem.
+
+    Raises UsageError when none of them is known.
+    """
+    if path := os.environ.get("UMEM_RUNTIME_DIR"):
+        return Path(path).absolute()
+    if os.geteuid() == 0:
+        return Path("/run/umem")
+    if path := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(path) / "umem"
+    raise UsageError("set UMEM_RUNTIME_DIR or XDG_RUNTIME_DIR: sockets need a directory")
+
+
+def ram_dir() -> Path:
+    """Return where RAM files of VMs are made: $UMEM_RAM_DIR, else a directory in /dev/shm."""
+    if path := os.environ.get("UMEM_RAM_DIR"):
+        return Path(path).absolute()
+    return Path("/dev/shm/umem" if os.geteuid() == 0 else f"/dev/shm/umem-{os.geteuid()}")
+
+
+def make_private(path: Path) -> Path:
+    """Make a directory, and its parents, that only this user enters."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def check_name(name: str) -> str:
+    """Return the VM's name.  Raises UsageError when it cannot name a directory and an area."""
+    if not valid_name(name):
+        raise UsageError(
+            f"{name!r} cannot be a VM's name here: 1 to 63 of letters, digits, '._:+-'"
+        )
+    return name
+
+
+def serve_socket() -> Path:
+    """Return the control socket of `umemctl serve`."""
+    return runtime_dir() / "serve.sock"
+
+
+def vm_dir(name: str) -> Path:
+    """Return the directory of a VM that was started by umem-qemu."""
+    return runtime_dir() / "vm" / check_name(name)
+
+
+def qmp_socket(name: str) -> Path:
+    """Return the QMP socket of a VM that was started by umem-qemu."""
+    return vm_dir(name) / "qmp.sock"
+
+
+def incoming_socket(name: str) -> Path:
+    """Return where a waiting QEMU takes its device state from."""
+    return vm_dir(name) / "incoming.sock"
+
+
+def migrate_dir() -> Path:
+    """Return the directory of running `umemctl migrate`s: NAME.sock, NAME.json."""
+    return runtime_dir() / "migrate"
+
+
+def commit_record(name: str) -> Path:
+    """Return the file that says that this VM runs elsewhere and still needs its RAM from here."""
+    return migrate_dir() / f"{check_name(name)}.json"
+
+
+class LockFile:
+    """An exclusive flock on a file of its own: who holds it is alive.  A context manager."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        """Name the file and what it protects, for the error."""
+        self._path = path
+        self._what = what
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        """Take it.  Raises ControlError, with the holder's pid if known, when it is taken."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(fd, 32).decode(errors="replace").strip()
+            os.close(fd)
+            raise ControlError(
+                f"{self._what} (pid {holder or 'unknown'} holds {self._path})"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._fd = fd
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go.  The file stays: removing it would race with the next holder."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
