@@ -126,9 +126,13 @@ static char *umem_area_devnode(umem_devnode_arg *dev, umode_t *mode,
 {
 	struct umem_area *area = dev_get_drvdata(dev);
 
-	*mode = 0660;
-	*uid = area->uid;
-	*gid = area->gid;
+	/* Without room for them the device core only asks for a name. */
+	if (mode)
+		*mode = 0660;
+	if (uid)
+		*uid = area->uid;
+	if (gid)
+		*gid = area->gid;
 	return NULL;
 }
 
