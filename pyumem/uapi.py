@@ -83,9 +83,10 @@ class Layout:
             yield name, offset, size
             offset += size
 
-    def pack(self, *, room: int = 0, **values: int | bytes) -> bytearray:
-        """Return the structure with the given members set and all others zero, followed by zeros up
-        to `room` bytes.
+    def pack(self, room: int = 0, /, **values: int | bytes) -> bytearray:
+        """Return the structure with the given members set and all others zero.
+
+        Zeros follow it up to `room` bytes.
         """
         unknown = values.keys() - {name for name, _ in self.members}
         if unknown:
@@ -403,7 +404,7 @@ class RequestBuffer:
         self._words = array.array("Q", bytes(PAGE_REQUEST.size * nr))
         self._view = memoryview(self._words)
         # Packed once; only nr changes, in both directions.
-        self._arg = PAGE_REQUESTS.pack(requests=self._words.buffer_info()[0], nr=nr, room=_UNLOCKED)
+        self._arg = PAGE_REQUESTS.pack(_UNLOCKED, requests=self._words.buffer_info()[0], nr=nr)
         self._nr_at = next(at for name, at, _ in PAGE_REQUESTS.offsets() if name == "nr")
 
     def get(self, fd: int) -> memoryview:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -12,11 +11,8 @@ import pytest
 
 from pyumem.area import Area
 
+from .build import build
 from .support import PAGE, Agent, areas, module_refs, open_fds, wait_until
-
-PROGS = Path(__file__).parent / "progs"
-GCC = ("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread")
-UAPI = Path(__file__).parents[2] / "kmod/include/uapi"
 
 _numbers = itertools.count()
 
@@ -26,22 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(60))
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that compiles progs/NAME.c once and returns the binary."""
-    folder = tmp_path_factory.mktemp("progs")
-
-    def build(name: str) -> Path:
-        binary = folder / name
-        if not binary.exists():
-            subprocess.run(
-                [*GCC, f"-I{UAPI}", str(PROGS / f"{name}.c"), "-o", str(binary)], check=True
-            )
-        return binary
-
-    return build
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +53,12 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture
-def new_agent(program: Callable[[str], Path]) -> Iterator[Callable[..., Agent]]:
+def new_agent() -> Iterator[Callable[..., Agent]]:
     """Return a function that starts agents, which are killed at the end of the test."""
     agents: list[Agent] = []
 
     def start(**options: object) -> Agent:
-        agents.append(Agent(program("agent"), **options))  # type: ignore[arg-type]
+        agents.append(Agent(build("agent"), **options))  # type: ignore[arg-type]
         return agents[-1]
 
     yield start
