@@ -106,6 +106,10 @@ class LockFile:
         self._fd = fd
         return self
 
+    def fileno(self) -> int:
+        """Return the descriptor that holds the lock, to be inherited."""
+        return self._fd
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -26,7 +26,8 @@ class Counter(IntEnum):
 
     PAGES = 0  # pages whose content was sent or received
     ZERO_PAGES = 1  # pages told to be zero
-    BYTES = 2  # bytes on the wire, headers included
+    BYTES_SENT = 2  # on the wire, headers included
+    BYTES_RECEIVED = 7
     REQUESTS = 3  # pages that were asked for
     REQUESTS_STALE = 4  # asked for when they were on their way already
     MARKED = 5  # granules that were missing before the mark
@@ -62,7 +63,8 @@ class Totals:
 
     pages: int = 0
     zero_pages: int = 0
-    bytes: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
     requests: int = 0
     requests_stale: int = 0
     marked: int = 0
@@ -74,7 +76,8 @@ class Totals:
         return Totals(
             self.pages + other.pages,
             self.zero_pages + other.zero_pages,
-            self.bytes + other.bytes,
+            self.bytes_sent + other.bytes_sent,
+            self.bytes_received + other.bytes_received,
             self.requests + other.requests,
             self.requests_stale + other.requests_stale,
             self.marked + other.marked,
@@ -142,7 +145,8 @@ class StatsBlock:
         return Totals(
             pages=words[Counter.PAGES],
             zero_pages=words[Counter.ZERO_PAGES],
-            bytes=words[Counter.BYTES],
+            bytes_sent=words[Counter.BYTES_SENT],
+            bytes_received=words[Counter.BYTES_RECEIVED],
             requests=words[Counter.REQUESTS],
             requests_stale=words[Counter.REQUESTS_STALE],
             marked=words[Counter.MARKED],

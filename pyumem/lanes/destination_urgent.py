@@ -106,7 +106,7 @@ class UrgentLane:
         except OSError as e:
             raise LinkError(f"{self._link.peer}: {e.strerror}") from e
         del self._out[:sent]
-        self._stats.add(Counter.BYTES, sent)
+        self._stats.add(Counter.BYTES_SENT, sent)
 
     def _receive(self) -> None:
         header = self._link.header()

@@ -80,7 +80,7 @@ class Link:
                 done += got
         except OSError as e:
             raise LinkError(f"{self.peer}: {e.strerror}") from e
-        self._stats.add(Counter.BYTES, done)
+        self._stats.add(Counter.BYTES_RECEIVED, done)
         return done
 
     def header(self) -> wire.Header | None:
@@ -121,7 +121,7 @@ class Link:
                 sent += self.sock.sendmsg(rest)
         except OSError as e:
             raise LinkError(f"{self.peer}: {e.strerror}") from e
-        self._stats.add(Counter.BYTES, total)
+        self._stats.add(Counter.BYTES_SENT, total)
 
     def close(self) -> None:
         """Close the connection; again is harmless."""

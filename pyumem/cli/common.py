@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Options and forms of output that commands share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def json_option(function: _F) -> _F:
+    """Add --json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object; numbers name their unit."
+    )(function)
+
+
+def token_option(function: _F) -> _F:
+    """Add --token-file."""
+    return click.option(
+        "--token-file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File with the secret that both hosts share.  Default: /etc/umem/token if it is there, "
+        "else no secret.",
+    )(function)
+
+
+def print_json(value: object) -> None:
+    """Print it, indented for people, still one value for programs."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def log_to_stderr(*, verbose: bool = False) -> None:
+    """Log one line per event to standard error.
+
+    A journal adds its own time stamps, a terminal gets ours.
+    """
+    form = "%(levelname)s %(message)s"
+    if sys.stderr.isatty():
+        form = f"%(asctime)s {form}"
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format=form, stream=sys.stderr
+    )
+    quiet_qmp()
+
+
+def quiet_qmp() -> None:
+    """Keep qemu.qmp's own log off the screen: what matters of it comes as an error."""
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+
+
+def size(nr_bytes: float) -> str:
+    """Return a size for people."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if nr_bytes < 1024 or unit == "TiB":
+            return f"{nr_bytes:.0f} {unit}" if unit == "B" else f"{nr_bytes:.1f} {unit}"
+        nr_bytes /= 1024
+    raise AssertionError
+
+
+def share(part: float, whole: float) -> str:
+    """Return a share in percent for people."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a migration looks while it runs, on a terminal and in a log, and the table at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from pyumem.cli.common import share, size
+from pyumem.ram import PAGE_SIZE
+from pyumem.report import Progress as Snapshot
+from pyumem.report import Report
+
+_WINDOW_S: Final = 3.0
+"""Seconds over which the rate is told."""
+
+
+class Watched(Protocol):
+    """What is displayed."""
+
+    def progress(self) -> Snapshot:
+        """Return how far it is."""
+
+
+class _Rate:
+    """Bytes a second, and pages a second, over the last seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int, int]] = deque()
+
+    def see(self, now: Snapshot) -> None:
+        at = time.monotonic()
+        self._seen.append((at, now.bytes_moved, now.pages_done))
+        while len(self._seen) > 2 and at - self._seen[0][0] > _WINDOW_S:
+            self._seen.popleft()
+
+    def _per_second(self, column: int) -> float:
+        if len(self._seen) < 2:
+            return 0.0
+        first, last = self._seen[0], self._seen[-1]
+        return (last[column] - first[column]) / max(last[0] - first[0], 1e-6)
+
+    @property
+    def bytes(self) -> float:
+        return self._per_second(1)
+
+    def eta_s(self, now: Snapshot) -> float | None:
+        rate = self._per_second(2)
+        return (now.pages_total - now.pages_done) / rate if rate > 0 else None
+
+
+def _line(now: Snapshot, rate: _Rate) -> str:
+    eta = rate.eta_s(now)
+    return (
+        f"{now.state}: {now.pages_done}/{now.pages_total} pages "
+        f"({share(now.pages_done, now.pages_total)}), "
+        f"demand {now.pages_demand}, background {now.pages_background}, zero {now.pages_zero}, "
+        f"{size(now.bytes_moved)} at {size(rate.bytes)}/s, "
+        f"ETA {f'{eta:.0f} s' if eta is not None else '-'}"
+    )
+
+
+class PlainDisplay:
+    """A line each second, for logs and pipes.  All of it goes to standard error."""
+
+    def __enter__(self) -> Self:
+        """Nothing to begin."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to end."""
+
+    def tell(self, text: str) -> None:
+        """Print a line."""
+        click.echo(f"umemctl: {text}", err=True)
+
+    async def follow(self, watched: Watched) -> None:
+        """Print progress until cancelled."""
+        rate = _Rate()
+        while True:
+            await asyncio.sleep(1.0)
+            now = watched.progress()
+            rate.see(now)
+            if now.pages_total:
+                self.tell(_line(now, rate))
+
+
+class BarDisplay:
+    """A bar, for terminals."""
+
+    def __init__(self) -> None:
+        """Draw on standard error."""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>5.1f} %"),
+            TextColumn("{task.fields[what]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+    def tell(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(f"umemctl: {text}", highlight=False, markup=False)
+
+    async def follow(self, watched: Watched) -> None:
+        """Draw until cancelled."""
+        rate = _Rate()
+        while True:
+            now = watched.progress()
+            rate.see(now)
+            if now.pages_total:
+                self._draw(now, rate)
+            await asyncio.sleep(0.2)
+
+    def _draw(self, now: Snapshot, rate: _Rate) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(now.state, total=now.pages_total, what="")
+        eta = rate.eta_s(now)
+        what = (
+            f"demand {now.pages_demand}  background {now.pages_background}  zero {now.pages_zero}  "
+            f"{size(now.bytes_moved)}  {size(rate.bytes)}/s  "
+            f"ETA {f'{eta:.0f} s' if eta is not None else '-'}"
+        )
+        self._bar.update(
+            self._task, completed=now.pages_done, description=now.state.value, what=what
+        )
+
+
+def make_display() -> PlainDisplay | BarDisplay:
+    """Return what fits standard error."""
+    return BarDisplay() if sys.stderr.isatty() else PlainDisplay()
+
+
+def _number(value: float | None, unit: str, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f} {unit}"
+
+
+def show_report(report: Report) -> None:
+    """Print the table at the end."""
+    table = Table(show_header=False)
+
+    def row(label: str, value: object) -> None:
+        table.add_row(label, str(value))
+
+    row("VM", f"{report.vm} to {report.destination}")
+    row("result", report.state.value)
+    row("RAM", f"{size(report.ram_bytes)}, {report.pages_total} pages of {PAGE_SIZE} bytes")
+    row("downtime", _number(report.downtime_ms, "ms"))
+    row("time to fully resident", _number(report.time_to_resident_s, "s", 2))
+    row("total time", _number(report.total_s, "s", 2))
+    row("pages on demand", report.pages_demand)
+    row("pages in background", report.pages_background)
+    row("zero pages", report.pages_zero)
+    latency = (
+        report.demand_latency_p50_us,
+        report.demand_latency_p99_us,
+        report.demand_latency_max_us,
+    )
+    row("demand latency p50/p99/max", " / ".join(_number(one, "us", 0) for one in latency))
+    row("bytes sent", f"{size(report.bytes_sent)} (device state {size(report.device_state_bytes)})")
+    if report.committed_at:
+        row("committed at", report.committed_at)
+    if report.guest_ended:
+        row("the VM ended", report.guest_ended)
+    Console().print(table)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""umemctl migrate."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyumem import runtime
+from pyumem.address import parse
+from pyumem.cli.common import json_option, print_json, quiet_qmp, token_option
+from pyumem.cli.display import make_display, show_report
+from pyumem.control import ControlServer
+from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
+from pyumem.hello import MAX_LANES, load_token
+from pyumem.report import Report
+from pyumem.source import Migration, Plan
+
+
+@click.command()
+@click.argument("uri")
+@click.option("-p", "postcopy", is_flag=True, help="Post-copy: run at the destination at once.")
+@click.option(
+    "-n",
+    "on_demand_only",
+    is_flag=True,
+    help="No background transfer: send only pages that the guest touches.  The migration then ends "
+    "when it has touched them all, or after `umemctl background VM`.",
+)
+@click.option(
+    "--qmp",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="QMP socket of the VM.  Default: that of the only VM that umem-qemu runs here.",
+)
+@click.option("--vm", help="Name of a VM that umem-qemu runs here, instead of --qmp.")
+@click.option(
+    "--background-lanes",
+    type=click.IntRange(1, MAX_LANES),
+    default=1,
+    show_default=True,
+    help="TCP connections for pages that nobody asked for yet.",
+)
+@token_option
+@json_option
+def command(
+    uri: str,
+    postcopy: bool,
+    on_demand_only: bool,
+    qmp: Path | None,
+    vm: str | None,
+    background_lanes: int,
+    token_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Send a VM to the host that expects it at URI (tcp:HOST:PORT).
+
+    The VM stops, its device state moves, and it runs at the destination, while its memory follows:
+    pages that it touches first, the others behind them.  This command stays until every page is
+    there.
+
+    There is one instant of commit.  Before it any failure, and Ctrl-C, leaves the VM running here.
+    After it the VM runs at the destination only, needs its memory from here, and Ctrl-C is refused;
+    if the destination is lost then, the memory is kept (exit status 4).
+
+    All RAM of the VM has to be on shared files, as `umem-qemu` makes it.
+
+    \b
+    Examples:
+      umemctl migrate -p tcp:192.0.2.7:4444
+      umemctl migrate -p tcp:192.0.2.7:4444 --qmp /run/umem/vm/vm1/qmp.sock
+      umemctl migrate -p -n tcp:[2001:db8::7]:4444 --vm vm1
+    """
+    if not postcopy:
+        raise NotSupportedError("pre-copy is not there yet: `umemctl migrate -p` does post-copy")
+    quiet_qmp()
+    plan = Plan(
+        qmp=_qmp_path(qmp, vm),
+        destination=parse(uri, listening=False),
+        token=load_token(token_file),
+        background=not on_demand_only,
+        background_lanes=background_lanes,
+    )
+    status, report = asyncio.run(_migrate(plan))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show_report(report)
+    sys.exit(status)
+
+
+def _qmp_path(qmp: Path | None, vm: str | None) -> Path:
+    """Find the VM's QMP socket.  Raises UsageError."""
+    if qmp and vm:
+        raise UsageError("--qmp and --vm exclude each other")
+    if qmp:
+        return qmp
+    if vm:
+        return runtime.qmp_socket(vm)
+    found = sorted((runtime.runtime_dir() / "vm").glob("*/qmp.sock"))
+    if len(found) != 1:
+        names = ", ".join(path.parent.name for path in found) or "none"
+        raise UsageError(f"which VM?  Give --vm or --qmp (umem-qemu runs here: {names})")
+    return found[0]
+
+
+async def _migrate(plan: Plan) -> tuple[int, Report]:
+    """Run it with display, signals and status socket.  Returns the exit status and the report."""
+    display = make_display()
+    migration = Migration(plan, display.tell)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        name = "Ctrl-C" if number == signal.SIGINT else number.name
+        loop.add_signal_handler(number, migration.interrupt, name)
+    with display:
+        shown = asyncio.create_task(display.follow(migration), name="display")
+        told = asyncio.create_task(_tell_status(migration), name="status socket")
+        try:
+            await migration.run()
+            status = 0
+        except UmemError as e:
+            display.tell(str(e))
+            status = e.exit_status
+        finally:
+            for task in (shown, told):
+                task.cancel()
+            await asyncio.gather(shown, told, return_exceptions=True)
+    return status, migration.report
+
+
+async def _tell_status(migration: Migration) -> None:
+    """Answer `umemctl status` and `umemctl background` as soon as the VM's name is known."""
+
+    async def answer(question: dict[str, Any], _gone: asyncio.Event) -> dict[str, Any]:
+        match question["command"]:
+            case "status":
+                return migration.to_json()
+            case "background":
+                migration.set_background(bool(question.get("on")))
+                return {}
+            case unknown:
+                raise ControlError(f"unknown command {unknown!r}")
+
+    while not migration.locked:
+        await asyncio.sleep(0.05)
+    path = runtime.migrate_dir() / f"{migration.vm}.sock"
+    async with ControlServer(path, answer):
+        await asyncio.Event().wait()

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""umemctl serve."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from pyumem.cli.common import log_to_stderr, token_option
+from pyumem.hello import load_token
+from pyumem.serve import Daemon
+
+
+@click.command()
+@token_option
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def command(token_file: Path | None, verbose: bool) -> None:
+    """Receive VMs on this host: the daemon that `umem-qemu ... -postcopy -incoming` asks for RAM.
+
+    It stays in the foreground and logs one line per event to standard error.  One daemon runs per
+    runtime directory.  It needs access to /dev/umem (see `umemctl check`).
+
+    SIGTERM and SIGINT end it: QEMUs that still wait for their VM are ended, migrations before their
+    commit are given up (their VMs go on at the source).  While a guest here still gets its memory
+    through the daemon, the first signal only says so; a second one ends it all the same, and the
+    guest then waits for its missing pages.
+
+    \b
+    Examples:
+      umemctl serve
+      umemctl serve --token-file /root/umem.token
+    """
+    log_to_stderr(verbose=verbose)
+    asyncio.run(Daemon(load_token(token_file)).run())

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The destination's end of one migration: lanes, device state, the commit, completeness.
+
+    SETUP            HELLO on the control lane; each page lane gets a worker and then its WELCOME
+    DEVICE           DEVICE frames go into QEMU's incoming socket; pages flow already, since loading
+                     touches RAM
+                     QEMU has loaded everything: PREPARED; nothing runs here yet
+    POSTCOPY_ACTIVE  COMMIT came: `cont`, RUNNING; the source ends its QEMU
+                     every granule of every area is cached: COMPLETE; BYE: COMPLETED
+
+Before COMMIT any trouble ends in FAILED and the VM goes on at the source.  After it trouble ends in
+POSTCOPY_PAUSED: the guest waits for its missing pages, which are never made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pyumem import wire
+from pyumem.area import Area
+from pyumem.claims import Slots
+from pyumem.errors import LinkError, ProtocolError, QemuError, RefusedError, UmemError
+from pyumem.greeting import AsyncLink, refuse, welcome
+from pyumem.hello import Hello, Lane, flag
+from pyumem.lanes.fill import Arrivals
+from pyumem.lanes.link import tune
+from pyumem.qemu import Qemu
+from pyumem.report import Progress, State, arrival_report, totals_of
+from pyumem.stats import StatsBlock, Totals
+from pyumem.wire import Kind
+from pyumem.workers import Worker, stop_all
+
+log = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.02
+"""Seconds between two looks at how much is cached."""
+_BYE_S: Final = 10.0
+_INMIGRATE_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a migration comes to: a QEMU that waits, and its areas in the order of HELLO."""
+
+    name: str
+    areas: Sequence[Area]
+    qemu: Qemu
+    incoming: Path
+    autostart: bool
+
+
+class _AbortedError(UmemError):
+    """The source gave up, before the commit."""
+
+
+class Migration:
+    """One migration.  run() is its life; close() frees what it holds."""
+
+    def __init__(self, target: Target, hello: Hello, link: AsyncLink) -> None:
+        """Begin, after the control lane's HELLO was checked."""
+        self._target = target
+        self.hello: Final = hello
+        self._link = link
+        self.state = State.SETUP
+        self.reason = ""
+        self._started = time.monotonic()
+        self._arrivals = Arrivals.create(Slots([area.npages for area in target.areas]))
+        self._lanes: dict[tuple[Lane, int], Worker | None] = {}
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stream: socket.socket | None = None
+        self._device_bytes = 0
+        self._prepared = False
+        self._complete = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what is known ---
+
+    @property
+    def peer(self) -> str:
+        """Return the source's address."""
+        return self._link.peer
+
+    def _totals(self, lane: Lane) -> Totals:
+        return totals_of(w.totals() for (kind, _), w in self._lanes.items() if w and kind is lane)
+
+    def progress(self) -> Progress:
+        """Return how far it is."""
+        urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
+        return Progress(
+            state=self.state,
+            pages_total=self._arrivals.slots.total,
+            pages_demand=urgent.pages,
+            pages_background=background.pages,
+            pages_zero=urgent.zero_pages + background.zero_pages,
+            bytes_moved=urgent.bytes_received + background.bytes_received,
+            elapsed_s=round(time.monotonic() - self._started, 3),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what status shows."""
+        urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
+        return {
+            "state": self.state.value,
+            "reason": self.reason,
+            "peer": self.peer,
+            "source_vm": self.hello.vm,
+            "session": self.hello.session,
+            **self.progress().to_json(),
+            **arrival_report(urgent, background),
+            "workers": [
+                {"lane": f"{lane.value}-{index}", "pid": worker.pid if worker else 0}
+                for (lane, index), worker in self._lanes.items()
+            ],
+        }
+
+    # --- lanes ---
+
+    async def add_lane(self, hello: Hello, link: AsyncLink, token: bytes) -> None:
+        """Take a page lane: start its worker, hand it the socket, say WELCOME.
+
+        Raises RefusedError (the peer was told), WorkerError, LinkError; the migration goes on, or
+        fails, on its own account.
+        """
+        key = (hello.lane, hello.index)
+        if problem := self._lane_problem(hello):
+            await refuse(link, problem)
+            raise RefusedError(f"{link.peer}: {problem}")
+        self._lanes[key] = None  # taken from here on, though its worker is only starting
+        name = f"{hello.lane.value} lane {hello.index} of {self._target.name}"
+        worker = Worker(name, StatsBlock.create(name), self._worker_failed)
+        module = "destination_urgent" if hello.lane is Lane.URGENT else "destination_background"
+        with contextlib.closing(link.detach()) as sock:
+            tune(sock, urgent=hello.lane is Lane.URGENT)
+            fds = [sock.fileno(), *self._arrivals.fds]
+            for area in self._target.areas:
+                fds += [area.server_fd, area.shmem_fd]
+            try:
+                await worker.start(module, {"peer": link.peer}, fds)
+                self._lanes[key] = worker
+                greeter = AsyncLink(sock, link.peer)
+                await welcome(greeter, token, hello)
+                sock.setblocking(True)
+            except BaseException as e:
+                await worker.stop()
+                if isinstance(e, UmemError):
+                    self._break(e)
+                raise
+        worker.command("go")
+
+    def _lane_problem(self, hello: Hello) -> str:
+        if hello.session != self.hello.session:
+            return f"session {hello.session} is not known here"
+        if self.state is not State.SETUP:
+            return f"the migration is past its setup ({self.state})"
+        if hello.lane is Lane.URGENT and hello.index:
+            return "there is one urgent lane"
+        if hello.lane is Lane.BACKGROUND and hello.index >= self.hello.background_lanes:
+            return f"background lane {hello.index}, {self.hello.background_lanes} were announced"
+        if (hello.lane, hello.index) in self._lanes:
+            return f"there is a {hello.lane} lane {hello.index} already"
+        return ""
+
+    def _worker_failed(self, worker: Worker, reason: str) -> None:
+        if worker.drained:
+            return  # its lane had said END: nothing is lost with it
+        self._break(LinkError(reason))
+
+    def give_up(self, reason: str) -> None:
+        """End it on this side's wish; before the commit only, after it the guest depends on it."""
+        if not self.state.committed:
+            self._break(UmemError(reason))
+
+    def _break(self, error: UmemError) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Follow the control lane to the end.
+
+        Never raises for what a peer or QEMU does: see state and reason.
+        """
+        control = self._spawn(self._control(), "control lane")
+        self._spawn(self._watch_qemu(), "watch QEMU")
+        try:
+            await asyncio.wait({control, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken.done():
+                self._broken.result()
+            control.result()
+            self.state = State.COMPLETED
+        except (UmemError, OSError) as e:
+            await self._failed(e)
+        finally:
+            await self._end_tasks()
+            if not self._broken.done():
+                self._broken.cancel()
+
+    async def _failed(self, error: Exception) -> None:
+        if self._complete:
+            # All is here.  That the source did not say goodbye is its affair.
+            log.warning(
+                "%s: complete, but the source did not confirm: %s", self._target.name, error
+            )
+            self.state = State.COMPLETED
+            return
+        self.reason = str(error)
+        told = Kind.PAUSED if self.state.committed else Kind.ABORT
+        if self.state.committed:
+            self.state = State.POSTCOPY_PAUSED
+        else:
+            self.state = State.CANCELLED if isinstance(error, _AbortedError) else State.FAILED
+        if not isinstance(error, _AbortedError):
+            with contextlib.suppress(LinkError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._link.send_json(told, {"reason": self.reason[:2000]})
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(
+            coroutine, name=f"{self._target.name}: {name}"
+        )
+        self._tasks.add(task)
+        return task
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def close(self) -> None:
+        """Stop the workers, close the lanes; again is harmless."""
+        await self._end_tasks()
+        await stop_all([worker for worker in self._lanes.values() if worker])
+        self._link.close()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def free(self) -> None:
+        """Unmap what is shared with the workers, after close(), when nobody will ask for numbers
+        any more.
+        """
+        for worker in self._lanes.values():
+            if worker:
+                worker.close()
+        self._lanes.clear()
+        self._arrivals.close()
+
+    async def _watch_qemu(self) -> None:
+        qemu = self._target.qemu
+        await qemu.gone.wait()
+        if qemu.shutdown_reason and self.state is State.POSTCOPY_ACTIVE:
+            # The guest powered off before it had all its memory.  Nobody needs the rest.
+            log.info("%s: the VM ended (%s)", self._target.name, qemu.shutdown_reason)
+            await self._tell_complete({"guest_ended": qemu.shutdown_reason})
+            return
+        self._break(QemuError(f"the destination's QEMU (pid {qemu.pid}) is gone"))
+
+    # --- the control lane ---
+
+    async def _control(self) -> None:
+        while (frame := await self._link.receive()) is not None:
+            header, payload = frame
+            match header.kind:
+                case Kind.DEVICE if self.state in (State.SETUP, State.DEVICE) and payload:
+                    await self._device(payload)
+                case Kind.DEVICE_END if self.state is State.DEVICE and self._stream:
+                    self._spawn(self._load(), "load device state")
+                case Kind.COMMIT if self._prepared and self.state is State.DEVICE:
+                    await self._commit(wire.unpack_json(Kind.COMMIT, payload))
+                case Kind.BYE if self._complete:
+                    return
+                case Kind.ABORT if not self.state.committed:
+                    reason = wire.unpack_json(Kind.ABORT, payload).get("reason")
+                    raise _AbortedError(f"the source gave up: {reason}")
+                case Kind.PAUSED if self.state.committed:
+                    reason = wire.unpack_json(Kind.PAUSED, payload).get("reason")
+                    raise LinkError(f"{self.peer}: {reason}")
+                case kind:
+                    raise ProtocolError(
+                        f"{self.peer}: {kind.name} out of turn (state {self.state})"
+                    )
+        raise LinkError(f"{self.peer}: the source closed the control lane")
+
+    async def _device(self, piece: memoryview) -> None:
+        """Pass a piece of device state on to QEMU, connecting at the first."""
+        loop = asyncio.get_running_loop()
+        if self._stream is None:
+            missing = 1 + self.hello.background_lanes - sum(map(bool, self._lanes.values()))
+            if missing:
+                raise ProtocolError(f"{self.peer}: DEVICE while {missing} lane(s) are missing")
+            self.state = State.DEVICE
+            self._stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            self._stream.setblocking(False)
+            try:
+                await loop.sock_connect(self._stream, str(self._target.incoming))
+            except OSError as e:
+                raise QemuError(f"QEMU's {self._target.incoming}: {e.strerror}") from e
+        try:
+            await loop.sock_sendall(self._stream, piece)
+        except OSError as e:
+            raise QemuError(f"QEMU does not take its device state: {e.strerror}") from e
+        self._device_bytes += len(piece)
+
+    async def _load(self) -> None:
+        """Wait until QEMU has loaded everything and stands still; tell the source."""
+        qemu = self._target.qemu
+        try:
+            await qemu.wait_migration("completed")
+            async with asyncio.timeout(_INMIGRATE_S):
+                while await qemu.status() == "inmigrate":
+                    await asyncio.sleep(_POLL_S / 4)
+            self._prepared = True
+            await self._link.send_json(Kind.PREPARED, {"device_state_bytes": self._device_bytes})
+        except TimeoutError:
+            self._break(QemuError("QEMU loaded its device state and stays in state inmigrate"))
+        except UmemError as e:
+            self._break(e)
+
+    async def _commit(self, message: dict[str, Any]) -> None:
+        """From here on this side owns the VM."""
+        run = flag(message, "run") and self._target.autostart
+        self.state = State.POSTCOPY_ACTIVE
+        if run:
+            await self._target.qemu.execute("cont")
+        log.info(
+            "%s: committed, the VM %s here", self._target.name, "runs" if run else "stands, paused,"
+        )
+        await self._link.send_json(Kind.RUNNING, {"running": run})
+        self._spawn(self._watch_complete(), "watch completeness")
+
+    async def _watch_complete(self) -> None:
+        try:
+            for area in self._target.areas:
+                while not area.info().complete:
+                    await asyncio.sleep(_POLL_S)
+            await self._tell_complete({})
+        except UmemError as e:
+            self._break(e)
+
+    async def _tell_complete(self, more: dict[str, Any]) -> None:
+        self._complete = True
+        report = arrival_report(self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND))
+        try:
+            await self._link.send_json(Kind.COMPLETE, {**report, **more})
+            await asyncio.sleep(_BYE_S)  # ended by the control lane's BYE
+            raise LinkError(f"{self.peer}: no BYE within {_BYE_S:g} s")
+        except LinkError as e:
+            self._break(e)

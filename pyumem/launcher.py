@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""umem-qemu: runs stock QEMU with RAM that can be migrated by post-copy, and cleans up after it.
+
+    umem-qemu qemu-system-x86_64 -m 1G ...                                    RAM on a file of its
+    own
+    umem-qemu qemu-system-x86_64 -m 1G ... -postcopy -incoming tcp:0:4444     RAM on /dev/umemN, of
+    `umemctl serve`
+
+It stays as QEMU's parent, with QEMU's exit status, since somebody has to remove the RAM file when
+QEMU is gone; unless `umemctl migrate` still serves it, which then removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from pyumem import runtime
+from pyumem.control import ControlClient
+from pyumem.errors import CheckError, ControlError, UmemError
+from pyumem.qemu_cmdline import RAM_ID, Wish, parse, rewrite
+from pyumem.uapi import DEVICE, PAGE_SIZE
+
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_SERVE_ANSWER_S: Final = 30.0
+
+USAGE: Final = """\
+Usage: umem-qemu QEMU [ARGUMENTS...]
+
+Run stock QEMU so that its VM can leave this host, or come to it, by post-copy.
+
+  QEMU                     a qemu-system-... binary; its own options stay as they are
+  -postcopy                with -incoming: expect a VM by post-copy; `umemctl serve` must run
+  -postcopy-flags 0|1      0: default; 1: touch pages as they come (accepted, not done yet)
+  -incoming tcp:HOST:PORT  where to expect it; HOST 0 or empty is any address
+
+QEMU's QMP socket for `umemctl migrate` is $UMEM_RUNTIME_DIR/vm/NAME/qmp.sock (/run/umem for root),
+NAME being that of -name.
+
+Examples:
+  umem-qemu qemu-system-x86_64 -name vm1 -m 1G -accel kvm -drive file=disk.qcow2
+  umem-qemu qemu-system-x86_64 -name vm1 -m 1G -accel kvm -drive file=disk.qcow2 \\
+      -postcopy -incoming tcp:0:4444 -monitor stdio
+
+See umemctl --help for the rest.
+"""
+
+
+def say(text: str) -> None:
+    """Print a line for the user; standard output is QEMU's."""
+    print(f"umem-qemu: {text}", file=sys.stderr, flush=True)
+
+
+class RamFile:
+    """The file that is a VM's RAM: DIRECTORY/NAME/ram0, mode 0600."""
+
+    def __init__(self, name: str, size: int) -> None:
+        """Name it; size is bytes."""
+        self.path: Final = runtime.ram_dir() / name / RAM_ID
+        self._record = runtime.commit_record(name)
+        self._size = size
+
+    def create(self) -> None:
+        """Make it, all zero, replacing one that nobody uses any more.
+
+        Raises CheckError, UmemError.
+        """
+        if self.path.exists():
+            with self.path.open("rb") as old:
+                try:
+                    fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise CheckError(
+                        f"{self.path} is still served by `umemctl migrate`: use another -name"
+                    ) from None
+            self.path.unlink()
+        runtime.make_private(self.path.parent)
+        try:
+            room = shutil.disk_usage(self.path.parent).free
+            with self.path.open("xb") as file:
+                self.path.chmod(0o600)
+                file.truncate(self._size)
+        except OSError as e:
+            raise UmemError(f"RAM file {self.path}: {e.strerror}") from e
+        if room < self._size:
+            say(
+                f"warning: {self.path.parent} has room for {room >> 20} MiB, the VM may use "
+                f"{self._size >> 20} MiB (mount -o remount,size=... /dev/shm, or set UMEM_RAM_DIR)"
+            )
+
+    def remove_unless_served(self) -> None:
+        """Remove it, unless `umemctl migrate` still reads it or it is the only copy of a VM
+        elsewhere.
+        """
+        if self._record.exists():
+            return
+        with contextlib.suppress(FileNotFoundError):
+            with self.path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return
+                self.path.unlink()
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
+
+
+def _refuse_lost(name: str) -> None:
+    """Raise CheckError when RAM under this name is what a VM elsewhere still needs."""
+    record = runtime.commit_record(name)
+    if record.exists():
+        raise CheckError(
+            f"{record} says that a VM {name} runs elsewhere and may need the memory kept here; "
+            "remove that file when it does not, or use another -name"
+        )
+
+
+def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
+    """Get an area from `umemctl serve`.  Returns the connection, to be kept open, and the node."""
+    assert wish.postcopy_from is not None
+    if not Path(DEVICE).exists():
+        raise UmemError(
+            f"{DEVICE} is not there: load the driver first (modprobe umem, or insmod kmod/umem.ko)"
+        )
+    try:
+        client = ControlClient(runtime.serve_socket(), timeout=_SERVE_ANSWER_S)
+    except ControlError as e:
+        raise UmemError(f"no daemon answers ({e}): start `umemctl serve` first") from e
+    try:
+        answer = client.ask(
+            "incoming",
+            name=name,
+            listen=str(wish.postcopy_from),
+            areas=[{"id": RAM_ID, "size_bytes": wish.size, "page_size_bytes": PAGE_SIZE}],
+            qmp=str(runtime.qmp_socket(name)),
+            incoming=str(runtime.incoming_socket(name)),
+            autostart=wish.autostart,
+        )
+        return client, str(answer["areas"][0]["node"])
+    except BaseException:
+        client.close()
+        raise
+
+
+def _run_qemu(argv: Sequence[str], keep: int) -> int:
+    """Run QEMU with this terminal and return its exit status.
+
+    It inherits the descriptor `keep`, the lock on the VM's name: should this launcher be killed,
+    the name stays taken while QEMU lives.
+    """
+    pending: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        if process is None:
+            pending.append(number)
+        else:
+            process.send_signal(number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    try:
+        process = subprocess.Popen(argv, pass_fds=(keep,))
+    except OSError as e:
+        say(f"{argv[0]}: {e.strerror}")
+        return 127 if isinstance(e, FileNotFoundError) else 126
+    for signal_number in pending:
+        process.send_signal(signal_number)
+    status = process.wait()
+    return 128 - status if status < 0 else status
+
+
+def _launch(wish: Wish) -> int:
+    name = wish.name or f"vm-{os.getpid()}"
+    directory = runtime.make_private(runtime.vm_dir(name))
+    with (
+        runtime.LockFile(
+            directory.parent / f"{name}.lock", f"a VM named {name} runs already: use another -name"
+        ) as lock,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        if wish.postcopy_from:
+            client, mem_path = _ask_serve(wish, name)
+            # Open as long as QEMU runs; should we end before QEMU is there, serve sees it.
+            stack.callback(client.close)
+            if wish.touch_pages:
+                say("-postcopy-flags 1: accepted; pages are not touched as they come yet")
+            say(f"VM {name} is expected on {wish.postcopy_from}, its RAM is {mem_path}")
+        else:
+            _refuse_lost(name)
+            ram = RamFile(name, wish.size)
+            ram.create()
+            stack.callback(ram.remove_unless_served)
+            mem_path = str(ram.path)
+            say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
+        argv = rewrite(wish, name=name, mem_path=mem_path, qmp_path=str(runtime.qmp_socket(name)))
+        return _run_qemu(argv, lock.fileno())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be umem-qemu; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "-help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    try:
+        return _launch(parse(arguments))
+    except UmemError as e:
+        say(str(e))
+        return e.exit_status

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Driving stock QEMU over QMP: what its RAM is, its migration states, and its end.
+
+Nothing here knows umem's protocol.  QEMU needs no patch: RAM on shared files, and the capabilities
+
+    x-ignore-shared           RAM on shared files stays out of the stream
+    pause-before-switchover   the source stops and waits with all I/O drained, so that RAM is known
+                              to be still before a page is read
+    events                    each change of state is an event
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp.protocol import Runstate
+
+from pyumem.errors import CheckError, QemuError
+
+IGNORE_SHARED: Final = "x-ignore-shared"
+SOURCE_CAPABILITIES: Final = (IGNORE_SHARED, "pause-before-switchover", "events")
+DESTINATION_CAPABILITIES: Final = (IGNORE_SHARED, "events")
+UNLIMITED_BANDWIDTH: Final = 1 << 40
+"""Bytes a second for the device state: our sockets are the limit."""
+_QUIT_S: Final = 5.0
+_RETRY_S: Final = 0.02
+_USE_LAUNCHER: Final = (
+    "start the VM with `umem-qemu`, or give QEMU -object memory-backend-file,...,share=on"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """A RAM block on a shared file.  size is bytes."""
+
+    id: str
+    path: str
+    size: int
+
+
+class Qemu:
+    """One QEMU process behind its QMP socket."""
+
+    def __init__(self, client: QMPClient, path: Path, pid: int, pidfd: int) -> None:
+        """Use connect()."""
+        self._client = client
+        self.path: Final = path
+        self.pid: Final = pid
+        self._pidfd = pidfd
+        self._changed = asyncio.Condition()
+        self._listener = EventListener()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.gone = asyncio.Event()
+        """Set when the QMP connection ended: QEMU is gone, or as good as gone."""
+        self.migration = "none"
+        """The last migration state that QEMU told."""
+        self.stopped_at: float | None = None
+        """When it told that the VM stopped (time.monotonic())."""
+        self.shutdown_reason = ""
+        """Why it said that it shuts down, empty if it did not say so."""
+
+    # --- connecting ---
+
+    @classmethod
+    async def connect(cls, path: Path) -> Qemu:
+        """Connect and identify the process.
+
+        Raises QemuError; CheckError when somebody else holds the socket.
+        """
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        try:
+            await loop.sock_connect(sock, str(path))
+            # Of a listening socket the kernel tells who called listen().
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            pid = struct.unpack("3i", raw)[0]
+            pidfd = os.pidfd_open(pid)
+        except OSError as e:
+            sock.close()
+            raise QemuError(f"QMP socket {path}: {e.strerror or e}") from e
+        client = QMPClient("umem")
+        qemu = cls(client, path, pid, pidfd)
+        client.register_listener(qemu._listener)
+        try:
+            async with asyncio.timeout(5.0):
+                await client.connect(sock)
+        except TimeoutError:
+            os.close(pidfd)
+            raise CheckError(
+                f"QMP socket {path} does not greet: it serves one client at a time, close the other"
+            ) from None
+        except QMPError as e:
+            os.close(pidfd)
+            raise QemuError(f"QMP socket {path}: {e}") from e
+        qemu._tasks = [
+            asyncio.create_task(qemu._follow_events(), name=f"qmp events {path}"),
+            asyncio.create_task(qemu._follow_end(), name=f"qmp end {path}"),
+        ]
+        return qemu
+
+    @classmethod
+    async def connect_when_there(cls, path: Path, seconds: float) -> Qemu:
+        """Connect to a QEMU that is starting: try again for so many seconds.  Raises QemuError."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return await cls.connect(path)
+            except QemuError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+
+    async def close(self) -> None:
+        """Leave QEMU alone; again is harmless."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        with contextlib.suppress(Exception):  # why a connection ended does not matter any more
+            await self._client.disconnect()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    # --- events ---
+
+    async def _follow_events(self) -> None:
+        async for event in self._listener:
+            data = event.get("data")
+            match event["event"]:
+                case "MIGRATION" if isinstance(data, dict):
+                    self.migration = str(data.get("status"))
+                case "STOP":
+                    self.stopped_at = time.monotonic()
+                case "SHUTDOWN" if isinstance(data, dict):
+                    self.shutdown_reason = str(data.get("reason") or "shutdown")
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _follow_end(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        self.gone.set()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def wait_migration(self, *wanted: str) -> str:
+        """Wait until the migration has one of these states.
+
+        Raises QemuError when it fails instead, or QEMU ends.
+        """
+        async with self._changed:
+            while self.migration not in wanted:
+                if self.gone.is_set():
+                    raise QemuError(f"QEMU (pid {self.pid}) is gone")
+                if self.migration in ("failed", "cancelled", "cancelling"):
+                    break
+                await self._changed.wait()
+            else:
+                return self.migration
+        raise QemuError(
+            f"QEMU's migration ended as {self.migration}{await self._migration_error()}"
+        )
+
+    async def _migration_error(self) -> str:
+        with contextlib.suppress(QemuError):
+            answer = await self.execute("query-migrate")
+            if isinstance(answer, dict) and "error-desc" in answer:
+                return f": {answer['error-desc']}"
+        return ""
+
+    # --- commands ---
+
+    async def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401 (JSON)
+        """Execute a command (underscores in argument names stand for dashes).
+
+        Raises QemuError with QEMU's words.
+        """
+        named = {key.replace("_", "-"): value for key, value in arguments.items()}
+        try:
+            return await self._client.execute(command, named or None)
+        except ExecuteError as e:
+            raise QemuError(f"QEMU refused {command}: {e}") from e
+        except QMPError as e:
+            raise QemuError(f"QEMU (pid {self.pid}) is gone ({command}: {e})") from e
+
+    async def status(self) -> str:
+        """Return the run state: running, paused, inmigrate, postmigrate, ..."""
+        answer = await self.execute("query-status")
+        return str(answer["status"])
+
+    async def version(self) -> str:
+        """Return QEMU's version as text."""
+        answer = await self.execute("query-version")
+        number = answer["qemu"]
+        return f"{number['major']}.{number['minor']}.{number['micro']}"
+
+    async def name(self) -> str:
+        """Return what -name says, empty without it."""
+        answer = await self.execute("query-name")
+        return str(answer.get("name", ""))
+
+    async def capabilities(self) -> dict[str, bool]:
+        """Return the migration capabilities and whether they are on."""
+        answer = await self.execute("query-migrate-capabilities")
+        return {str(one["capability"]): bool(one["state"]) for one in answer}
+
+    async def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
+        """Switch capabilities.  Raises QemuError."""
+        await self.execute(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": name, "state": on} for name, on in wanted.items()],
+        )
+
+    async def require_capabilities(self, names: Sequence[str]) -> None:
+        """Raise CheckError when this QEMU does not know one of them."""
+        known = await self.capabilities()
+        if missing := [name for name in names if name not in known]:
+            raise CheckError(
+                f"QEMU {await self.version()} does not know the migration capability "
+                f"{', '.join(missing)}: use QEMU 4.2 or later"
+            )
+
+    # --- RAM ---
+
+    async def ram_blocks(self) -> list[RamBlock]:
+        """Return the VM's RAM, all of which must be on shared files.
+
+        Raises CheckError that names the fix.
+        """
+        blocks = []
+        for child in await self.execute("qom-list", path="/objects"):
+            kind = str(child["type"]).removeprefix("child<").removesuffix(">")
+            if not kind.startswith("memory-backend"):
+                continue
+            block_id = str(child["name"])
+            if kind != "memory-backend-file":
+                raise CheckError(f"RAM block {block_id} is a {kind}: {_USE_LAUNCHER}")
+            where = f"/objects/{block_id}"
+            if not await self.execute("qom-get", path=where, property="share"):
+                raise CheckError(f"RAM block {block_id} is not shared: {_USE_LAUNCHER}")
+            path = await self.execute("qom-get", path=where, property="mem-path")
+            size = await self.execute("qom-get", path=where, property="size")
+            blocks.append(RamBlock(block_id, str(path), int(size)))
+        summary = await self.execute("query-memory-size-summary")
+        total = int(summary["base-memory"]) + int(summary.get("plugged-memory", 0))
+        if (on_files := sum(block.size for block in blocks)) != total:
+            raise CheckError(
+                f"the VM has {total} bytes of RAM, {on_files} on shared files: {_USE_LAUNCHER}"
+            )
+        return sorted(blocks, key=lambda block: block.id)
+
+    # --- the end ---
+
+    async def wait_exit(self, seconds: float) -> bool:
+        """Wait so long for the process to end.  Tells whether it did."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._pidfd, ended.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await ended.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._pidfd)
+        return True
+
+    async def end(self, patience: float = _QUIT_S) -> None:
+        """End the process for certain: quit, and SIGKILL for one that does not hear within
+        `patience` seconds.
+
+        The pidfd was opened when the socket was, so that no other process can be hit.
+        """
+        with contextlib.suppress(QemuError, TimeoutError):
+            async with asyncio.timeout(patience):
+                await self.execute("quit")
+        if not await self.wait_exit(patience):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            await self.wait_exit(_QUIT_S)
+
+
+@contextlib.asynccontextmanager
+async def closing(qemu: Qemu) -> AsyncIterator[Qemu]:
+    """Close at the end, whatever the end is."""
+    try:
+        yield qemu
+    finally:
+        await qemu.close()

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a migration is told to have been: its states, its progress while it runs, its report at the
+end.
+
+Every number that leaves the program has its unit in its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pyumem.stats import Totals
+
+
+class State(StrEnum):
+    """States of a migration, on either side."""
+
+    SETUP = "setup"  # lanes are being connected
+    DEVICE = "device"  # device state is on its way; the VM may stop
+    POSTCOPY_ACTIVE = "postcopy-active"  # committed: the VM runs at the destination, pages flow
+    POSTCOPY_PAUSED = "postcopy-paused"  # committed, but pages do not flow: the guest waits
+    COMPLETED = "completed"
+    FAILED = "failed"  # before the commit: the VM runs at the source
+    CANCELLED = "cancelled"  # the same, on somebody's wish
+
+    @property
+    def committed(self) -> bool:
+        """Tell whether only the destination may run the VM."""
+        return self in (State.POSTCOPY_ACTIVE, State.POSTCOPY_PAUSED, State.COMPLETED)
+
+    @property
+    def over(self) -> bool:
+        """Tell whether nothing more will happen."""
+        return self in (State.COMPLETED, State.FAILED, State.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far it is.
+
+    Pages are host pages; bytes_moved are those on the page lanes, towards the destination.
+    """
+
+    state: State
+    pages_total: int
+    pages_demand: int
+    pages_background: int
+    pages_zero: int
+    bytes_moved: int
+    elapsed_s: float
+
+    @property
+    def pages_done(self) -> int:
+        """Return how many pages need not be sent any more."""
+        return self.pages_demand + self.pages_background + self.pages_zero
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "pages_done": self.pages_done}
+
+
+@dataclass(slots=True)
+class Report:
+    """The end of a migration, as the source tells it."""
+
+    vm: str
+    destination: str
+    session: str
+    state: State
+    error: str = ""
+    downtime_ms: float | None = None
+    """From the source's STOP event until the destination said that the VM runs."""
+    time_to_resident_s: float | None = None
+    """From the STOP event until every page was at the destination."""
+    total_s: float = 0.0
+    setup_s: float | None = None
+    """From the start until every lane was connected and its process ready."""
+    commit_ms: float | None = None
+    """From COMMIT until the destination's answer."""
+    committed_at: str = ""
+    ram_bytes: int = 0
+    page_size_bytes: int = 0
+    pages_total: int = 0
+    pages_demand: int = 0
+    pages_background: int = 0
+    pages_zero: int = 0
+    requests: int = 0
+    demand_latency_p50_us: float | None = None
+    """Latencies are the destination's: from reading the request off the driver to the mark."""
+    demand_latency_p99_us: float | None = None
+    demand_latency_max_us: float | None = None
+    bytes_sent_by_lane: dict[str, int] = field(default_factory=dict)
+    device_state_bytes: int = 0
+    guest_ended: str = ""
+    """Why the VM ended at the destination before every page was there; empty if it did not."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Return the bytes of all lanes."""
+        return sum(self.bytes_sent_by_lane.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "bytes_sent": self.bytes_sent}
+
+
+def totals_of(blocks: Iterable[Totals]) -> Totals:
+    """Add up the blocks of several workers."""
+    return sum(blocks, Totals())
+
+
+def arrival_report(urgent: Totals, background: Totals) -> dict[str, Any]:
+    """Return what the destination tells of the pages that came."""
+    both = urgent + background
+    return {
+        "pages_demand": urgent.pages,
+        "pages_background": background.pages,
+        "pages_zero": both.zero_pages,
+        "requests": urgent.requests,
+        "demand_latency_p50_us": both.percentile_us(0.50),
+        "demand_latency_p99_us": both.percentile_us(0.99),
+        "demand_latency_max_us": both.max_us,
+        "bytes_received_urgent": urgent.bytes_received,
+        "bytes_received_background": background.bytes_received,
+    }
+
+
+_ARRIVED = ("demand_latency_p50_us", "demand_latency_p99_us", "demand_latency_max_us")
+
+
+def take_arrival(report: Report, told: Mapping[str, Any]) -> None:
+    """Take over what only the destination knows, as far as it has the right form."""
+    for name in _ARRIVED:
+        value = told.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(report, name, float(value))
+    requests = told.get("requests")
+    if isinstance(requests, int) and requests >= 0:
+        report.requests = requests
+    ended = told.get("guest_ended")
+    if isinstance(ended, str):
+        report.guest_ended = ended[:256]

@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The source's end of one migration: `umemctl migrate -p`.
+
+    check   all RAM on shared files, capabilities known, nobody else migrates this VM
+    setup   control lane, urgent lane, background lanes; a worker for each page lane; WELCOME on all
+            of them
+    device  QEMU's `migrate` into a socket of ours, relayed over the control lane.  QEMU stops in
+            pre-switchover with its I/O drained: from
+            then on RAM is still, and the urgent lane serves; only then the device state is written
+    commit  PREPARED came; the record is written; COMMIT.  One instant: before it everything can be
+            undone, after it only the
+            destination may run the VM
+    serve   RUNNING came; our QEMU is ended for certain; pages flow until COMPLETE; BYE
+
+Any trouble before the commit ends with the VM running here again.  After it, RAM is kept and
+LostError says where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pyumem import runtime, wire
+from pyumem.address import Address
+from pyumem.claims import ClaimMap, Slots
+from pyumem.errors import (
+    CheckError,
+    InterruptedByUserError,
+    LinkError,
+    LostError,
+    ProtocolError,
+    QemuError,
+    UmemError,
+)
+from pyumem.greeting import AsyncLink, introduce, software
+from pyumem.hello import NONCE_SIZE, AreaSpec, Hello, Lane, valid_name
+from pyumem.lanes.link import tune
+from pyumem.qemu import SOURCE_CAPABILITIES, UNLIMITED_BANDWIDTH, Qemu, RamBlock
+from pyumem.ram import PAGE_SIZE
+from pyumem.report import Progress, Report, State, take_arrival, totals_of
+from pyumem.stats import StatsBlock, Totals
+from pyumem.wire import Kind
+from pyumem.workers import Worker, stop_all
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_RESUME_S: Final = 30.0
+_ANSWER_S: Final = 60.0
+"""Seconds that the destination has to answer COMMIT before its silence is reported."""
+_POLL_S: Final = 0.05
+_MAY_LEAVE: Final = ("running", "paused", "prelaunch")
+_BUSY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done."""
+
+    qmp: Path
+    destination: Address
+    token: bytes
+    background: bool = True
+    """False: pages only on request (`-n`), until set_background() says otherwise."""
+    background_lanes: int = 1
+
+
+class Migration:
+    """One migration.  run() is its life."""
+
+    def __init__(self, plan: Plan, tell: Callable[[str], None]) -> None:
+        """Take nothing yet.  tell() gets the lines that the user should see."""
+        self._plan = plan
+        self._tell = tell
+        self._session = secrets.token_hex(16)
+        self.state = State.SETUP
+        self.vm = ""
+        self.locked = False
+        """True from when the VM's name is known and this process has it for itself."""
+        self._started = time.monotonic()
+        self._task: asyncio.Task[Any] | None = None
+        self._interrupted = False
+        self._resuming = False
+        self._was_running = False
+        self._qemu: Qemu | None = None
+        self._ram: list[RamBlock] = []
+        self._ram_fds: list[int] = []
+        self._claims: ClaimMap | None = None
+        self._link: AsyncLink | None = None
+        self._lanes: dict[tuple[Lane, int], Worker] = {}
+        self._background = plan.background
+        self._broken: asyncio.Future[None] | None = None
+        self._told: dict[Kind, asyncio.Future[dict[str, Any]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._device_bytes = 0
+        self._stopped_at = 0.0
+        self.report = Report("", str(plan.destination), self._session, State.SETUP)
+
+    # --- what is known ---
+
+    def _totals(self, lane: Lane) -> Totals:
+        return totals_of(w.totals() for (kind, _), w in self._lanes.items() if kind is lane)
+
+    def progress(self) -> Progress:
+        """Return how far it is."""
+        urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
+        return Progress(
+            state=self.state,
+            pages_total=sum(block.size for block in self._ram) // PAGE_SIZE,
+            pages_demand=urgent.pages,
+            pages_background=background.pages,
+            pages_zero=urgent.zero_pages + background.zero_pages,
+            bytes_moved=urgent.bytes_sent + background.bytes_sent,
+            elapsed_s=round(time.monotonic() - self._started, 3),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what status shows."""
+        return {
+            "name": self.vm,
+            "destination": str(self._plan.destination),
+            "session": self._session,
+            "background": self._background,
+            "pid": os.getpid(),
+            "error": self.report.error,
+            **self.progress().to_json(),
+            "workers": [
+                {"lane": f"{lane.value}-{index}", "pid": worker.pid}
+                for (lane, index), worker in self._lanes.items()
+            ],
+        }
+
+    def set_background(self, on: bool) -> None:
+        """Start the background transfer of a migration with `-n`.
+
+        Raises UmemError for what cannot be.
+        """
+        if not on:
+            raise UmemError("the background transfer cannot be switched off yet")
+        if not self._background:
+            self._background = True
+            if self.state.committed:
+                self._go(Lane.BACKGROUND)
+
+    def _go(self, lane: Lane) -> None:
+        for (kind, _), worker in self._lanes.items():
+            if kind is lane:
+                worker.command("go")
+
+    # --- life ---
+
+    async def run(self) -> Report:
+        """Migrate.
+
+        Returns the report.  Raises LostError after the commit; before it InterruptedByUserError or
+        whatever the trouble was, with the VM running here (if it did).
+        """
+        self._task = asyncio.current_task()
+        self._broken = asyncio.get_running_loop().create_future()
+        self._told = {
+            kind: asyncio.get_running_loop().create_future()
+            for kind in (Kind.PREPARED, Kind.RUNNING, Kind.COMPLETE)
+        }
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(self._close)
+                await self._until_commit(stack)
+                await self._after_commit()
+        except BaseException as e:
+            self.report.error = str(e)
+            raise
+        finally:
+            self._fill_report()
+        return self.report
+
+    def interrupt(self, why: str) -> None:
+        """Answer Ctrl-C: undo before the commit, say no after it."""
+        if self.state.committed:
+            self._tell(
+                f"{why}: not stopping: {self.vm} runs at {self._plan.destination} and needs "
+                "its memory from here until every page is there"
+            )
+        elif self._resuming or self._task is None:
+            self._tell(f"{why}: giving up already, {self.vm or 'the VM'} is being continued here")
+        else:
+            self._interrupted = True
+            self._task.cancel()
+
+    async def _until_commit(self, stack: contextlib.AsyncExitStack) -> None:
+        issued = False
+        try:
+            await self._check(stack)
+            await self._unless_broken(self._set_up())
+            self.report.setup_s = round(time.monotonic() - self._started, 3)
+            issued = True
+            await self._unless_broken(self._send_device_state(stack))
+            self._record_commit()
+        except BaseException as e:
+            self._resuming = True
+            if self._interrupted and isinstance(e, asyncio.CancelledError):
+                assert self._task is not None
+                self._task.uncancel()
+                self.state = State.CANCELLED
+                error: BaseException = InterruptedByUserError(
+                    "interrupted before the commit" if issued else "interrupted"
+                )
+            else:
+                self.state = State.FAILED
+                error = e
+            await self._undo(issued, str(error))
+            if error is e:
+                raise
+            raise error from None
+
+    # --- checks and setup ---
+
+    async def _check(self, stack: contextlib.AsyncExitStack) -> None:
+        qemu = self._qemu = await Qemu.connect(self._plan.qmp)
+        await qemu.require_capabilities(SOURCE_CAPABILITIES)
+        name = await qemu.name()
+        self.vm = self.report.vm = name if valid_name(name) else f"qemu-{qemu.pid}"
+        status = await qemu.status()
+        if status not in _MAY_LEAVE:
+            raise CheckError(
+                f"VM {self.vm} is in state {status}; only a running or paused VM can leave"
+            )
+        busy = await qemu.execute("query-migrate")
+        if busy.get("status") in _BUSY:
+            raise CheckError(f"VM {self.vm} is being migrated already ({busy['status']})")
+        self._was_running = status == "running"
+        self._ram = await qemu.ram_blocks()
+        self.report.ram_bytes = sum(block.size for block in self._ram)
+        self.report.page_size_bytes = PAGE_SIZE
+        self.report.pages_total = self.report.ram_bytes // PAGE_SIZE
+        runtime.make_private(runtime.migrate_dir())
+        stack.enter_context(
+            runtime.LockFile(
+                runtime.migrate_dir() / f"{self.vm}.lock",
+                f"a migration of {self.vm} runs already",
+            )
+        )
+        self.locked = True
+        for block in self._ram:
+            try:
+                fd = os.open(block.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                raise CheckError(f"RAM block {block.id}: {block.path}: {e.strerror}") from e
+            self._ram_fds.append(fd)
+            # The launcher looks at this when its QEMU ends: we remove the file then, not it.
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        self._claims = ClaimMap.create(Slots([block.size // PAGE_SIZE for block in self._ram]))
+
+    def _hello(self, lane: Lane, index: int = 0) -> Hello:
+        areas = tuple(AreaSpec(block.id, block.size, PAGE_SIZE) for block in self._ram)
+        return Hello(
+            lane=lane,
+            session=self._session,
+            vm=self.vm,
+            nonce=secrets.token_hex(NONCE_SIZE),
+            software=software(),
+            index=index,
+            background_lanes=self._plan.background_lanes,
+            areas=areas if lane is Lane.CONTROL else (),
+        )
+
+    async def _set_up(self) -> None:
+        self._link = await AsyncLink.connect(self._plan.destination)
+        await introduce(self._link, self._plan.token, self._hello(Lane.CONTROL))
+        self._spawn(self._control(self._link), "control lane")
+        assert self._qemu is not None
+        self._spawn(self._watch_qemu(self._qemu), "watch QEMU")
+        wanted = [(Lane.URGENT, 0)]
+        wanted += [(Lane.BACKGROUND, index) for index in range(self._plan.background_lanes)]
+        results = await asyncio.gather(
+            *(self._add_lane(lane, index) for lane, index in wanted), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _add_lane(self, lane: Lane, index: int) -> None:
+        assert self._claims is not None
+        name = f"{lane.value} lane {index} of {self.vm}"
+        worker = Worker(name, StatsBlock.create(name), self._worker_failed)
+        self._lanes[lane, index] = worker
+        link = await AsyncLink.connect(self._plan.destination)
+        try:
+            await introduce(link, self._plan.token, self._hello(lane, index))
+        except BaseException:
+            link.close()
+            raise
+        module = "source_urgent" if lane is Lane.URGENT else "source_background"
+        message = {
+            "peer": link.peer,
+            "index": index,
+            "areas": [{"id": block.id, "size_bytes": block.size} for block in self._ram],
+        }
+        with contextlib.closing(link.detach()) as sock:
+            tune(sock, urgent=lane is Lane.URGENT, background=lane is Lane.BACKGROUND)
+            await worker.start(
+                module, message, [sock.fileno(), self._claims.memory.fd, *self._ram_fds]
+            )
+
+    # --- trouble ---
+
+    def _worker_failed(self, _worker: Worker, reason: str) -> None:
+        self._break(LinkError(reason))
+
+    def _break(self, error: UmemError) -> None:
+        if self._broken is not None and not self._broken.done():
+            self._broken.set_exception(error)
+
+    async def _unless_broken(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do the work, but give up as soon as a lane, the peer or QEMU fails."""
+        assert self._broken is not None
+        task = asyncio.create_task(work, name=f"{self.vm}: work")
+        try:
+            waiting: set[asyncio.Future[Any]] = {task, self._broken}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._broken.result()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine, name=f"{self.vm}: {name}")
+        self._tasks.add(task)
+        return task
+
+    async def _watch_qemu(self, qemu: Qemu) -> None:
+        await qemu.gone.wait()
+        if not self.state.committed:
+            self._break(QemuError(f"the source's QEMU (pid {qemu.pid}) is gone"))
+
+    # --- the control lane ---
+
+    async def _control(self, link: AsyncLink) -> None:
+        try:
+            while (frame := await link.receive()) is not None:
+                header, payload = frame
+                message = wire.unpack_json(header.kind, payload)
+                told = self._told.get(header.kind)
+                if header.kind in (Kind.ABORT, Kind.PAUSED):
+                    raise LinkError(f"{link.peer}: {message.get('reason')}")
+                if told is None or told.done():
+                    raise ProtocolError(f"{link.peer}: {header.kind.name} out of turn")
+                told.set_result(message)
+                if header.kind is Kind.COMPLETE:
+                    return
+            raise LinkError(f"{link.peer}: the destination closed the control lane")
+        except UmemError as e:
+            self._break(e)
+
+    # --- device state ---
+
+    async def _send_device_state(self, stack: contextlib.AsyncExitStack) -> None:
+        qemu = self._qemu
+        assert qemu is not None
+        await self._prepare_qemu(qemu, stack)
+        path = runtime.migrate_dir() / f"{self.vm}.stream"
+        path.unlink(missing_ok=True)
+        stack.callback(path.unlink, missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+            listener.setblocking(False)
+            listener.bind(str(path))
+            listener.listen(1)
+            self.state = State.DEVICE
+            await qemu.execute("migrate", uri=f"unix:{path}")
+            relay = self._spawn(self._relay(listener, qemu), "relay device state")
+            # Stopped, with all I/O drained: RAM does not change any more, and pages may be read.
+            await qemu.wait_migration("pre-switchover", "device", "completed")
+            self._stopped_at = qemu.stopped_at or time.monotonic()
+            self._go(Lane.URGENT)
+            await qemu.execute("migrate-continue", state="pre-switchover")
+            await qemu.wait_migration("completed")
+            await relay
+            await self._told[Kind.PREPARED]
+
+    async def _prepare_qemu(self, qemu: Qemu, stack: contextlib.AsyncExitStack) -> None:
+        """Set what this migration needs; put it back at the end if QEMU is still there."""
+        known = await qemu.capabilities()
+        parameters = await qemu.execute("query-migrate-parameters")
+        before = {name: known[name] for name in SOURCE_CAPABILITIES}
+
+        async def restore() -> None:
+            with contextlib.suppress(QemuError):
+                await qemu.set_capabilities(before)
+                await qemu.execute(
+                    "migrate-set-parameters", max_bandwidth=parameters["max-bandwidth"]
+                )
+
+        stack.push_async_callback(restore)
+        await qemu.set_capabilities(dict.fromkeys(SOURCE_CAPABILITIES, True))
+        await qemu.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BANDWIDTH)
+
+    async def _relay(self, listener: socket.socket, qemu: Qemu) -> None:
+        """Pass QEMU's stream on to the destination."""
+        assert self._link is not None
+        loop = asyncio.get_running_loop()
+        buffer = memoryview(bytearray(wire.MAX_DEVICE))
+        try:
+            stream, _ = await loop.sock_accept(listener)
+            with stream:
+                while got := await loop.sock_recv_into(stream, buffer):
+                    await self._link.send(wire.pack(Kind.DEVICE, got), buffer[:got])
+                    self._device_bytes += got
+            # A stream that ends early ends too: only QEMU's own word makes it whole.
+            await qemu.wait_migration("completed")
+            await self._link.send(wire.pack(Kind.DEVICE_END))
+        except UmemError as e:
+            self._break(e)
+        except OSError as e:
+            self._break(QemuError(f"QEMU's device state: {e.strerror}"))
+
+    # --- the way back ---
+
+    async def _undo(self, issued: bool, why: str) -> None:
+        """Let the destination go and make the VM run here again, if it did.
+
+        Cannot be interrupted.
+        """
+        if self._link is not None:
+            with contextlib.suppress(UmemError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._link.send_json(Kind.ABORT, {"reason": why[:2000]})
+        runtime.commit_record(self.vm).unlink(missing_ok=True) if self.vm else None
+        if not issued or self._qemu is None:
+            return
+        try:
+            async with asyncio.timeout(_RESUME_S):
+                await self._make_run(self._qemu)
+        except TimeoutError:
+            self._tell(
+                f"{self.vm} could not be continued within {_RESUME_S:g} s; QMP: {self._qemu.path}"
+            )
+        except QemuError as e:
+            self._tell(f"{self.vm} could not be continued: {e}")
+
+    async def _make_run(self, qemu: Qemu) -> None:
+        if (await qemu.execute("query-migrate")).get("status") in _BUSY:
+            await qemu.execute("migrate_cancel")
+            while (await qemu.execute("query-migrate")).get("status") in _BUSY:
+                await asyncio.sleep(_POLL_S)
+        if not self._was_running:
+            self._tell(f"{self.vm} is paused at the source, as it was")
+            return
+        while (status := await qemu.status()) != "running":
+            if status not in ("finish-migrate",):
+                await qemu.execute("cont")
+            await asyncio.sleep(_POLL_S)
+        self._tell(f"{self.vm} runs on at the source")
+
+    # --- commit ---
+
+    def _record_commit(self) -> None:
+        """Leave word for whoever comes later that this RAM is the only copy of a VM that runs
+        elsewhere.
+        """
+        self.report.committed_at = datetime.datetime.now(datetime.UTC).isoformat(
+            timespec="milliseconds"
+        )
+        record = {
+            "vm": self.vm,
+            "session": self._session,
+            "destination": str(self._plan.destination),
+            "committed_at": self.report.committed_at,
+            "ram": [{"id": block.id, "path": block.path} for block in self._ram],
+        }
+        runtime.commit_record(self.vm).write_text(json.dumps(record, indent=1) + "\n")
+
+    async def _after_commit(self) -> None:
+        assert self._link is not None and self._qemu is not None
+        sent_at = time.monotonic()
+        # No await between this line and the last chance to interrupt.
+        self.state = State.POSTCOPY_ACTIVE
+        try:
+            await self._unless_broken(self._commit(sent_at))
+        except (UmemError, OSError, TimeoutError) as e:
+            self.state = State.POSTCOPY_PAUSED
+            raise LostError(
+                f"COMMIT was sent to {self._plan.destination} and not answered "
+                f"({e or 'no answer'}): "
+                f"{self.vm} may run there.  It stays paused here, with its memory.  Look there "
+                f"with `umemctl status`; only if it does not run there, `cont` it here "
+                f"(QMP: {self._qemu.path})"
+            ) from e
+        try:
+            # It has no right to run any more; nobody may continue it by accident.
+            await self._qemu.end()
+            complete = await self._unless_broken(self._wait_complete())
+        except (UmemError, OSError) as e:
+            await self._paused(str(e))
+            kept = ", ".join(block.path for block in self._ram)
+            raise LostError(
+                f"{self.vm} runs at {self._plan.destination}, where its missing pages wait: {e}.  "
+                f"Its memory is kept here: {kept}"
+            ) from e
+        self.state = State.COMPLETED
+        take_arrival(self.report, complete)
+        self.report.time_to_resident_s = round(time.monotonic() - self._stopped_at, 3)
+        self._forget_ram()
+
+    async def _commit(self, sent_at: float) -> None:
+        assert self._link is not None
+        await self._link.send_json(Kind.COMMIT, {"run": self._was_running})
+        self._go(Lane.BACKGROUND) if self._background else None
+        async with asyncio.timeout(_ANSWER_S):
+            answer = await self._told[Kind.RUNNING]
+        now = time.monotonic()
+        self.report.commit_ms = round(1000 * (now - sent_at), 3)
+        self.report.downtime_ms = round(1000 * (now - self._stopped_at), 3)
+        how = "runs" if answer.get("running") else "stands, paused,"
+        self._tell(
+            f"{self.vm} {how} at {self._plan.destination} ({self.report.downtime_ms:.0f} ms)"
+        )
+
+    async def _wait_complete(self) -> dict[str, Any]:
+        assert self._link is not None
+        complete = await self._told[Kind.COMPLETE]
+        with contextlib.suppress(LinkError):  # it has everything; goodbye is a courtesy
+            await self._link.send(wire.pack(Kind.BYE))
+        return complete
+
+    async def _paused(self, reason: str) -> None:
+        self.state = State.POSTCOPY_PAUSED
+        if self._link is not None:
+            with contextlib.suppress(UmemError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._link.send_json(Kind.PAUSED, {"reason": reason[:2000]})
+
+    # --- the end ---
+
+    def _forget_ram(self) -> None:
+        """Remove the record, and RAM files that the launcher made: nobody needs them now."""
+        runtime.commit_record(self.vm).unlink(missing_ok=True)
+        for block in self._ram:
+            path = Path(block.path)
+            if path.is_relative_to(runtime.ram_dir()):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+
+    def _fill_report(self) -> None:
+        report, progress = self.report, self.progress()
+        report.state = self.state
+        report.total_s = round(time.monotonic() - self._started, 3)
+        report.pages_demand = progress.pages_demand
+        report.pages_background = progress.pages_background
+        report.pages_zero = progress.pages_zero
+        report.device_state_bytes = self._device_bytes
+        report.bytes_sent_by_lane = {"control": self._device_bytes} | {
+            f"{lane.value}-{index}": worker.totals().bytes_sent
+            for (lane, index), worker in self._lanes.items()
+        }
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await stop_all(list(self._lanes.values()))
+        if self._link is not None:
+            self._link.close()
+        if self._qemu is not None:
+            await self._qemu.close()
+        if self._claims is not None:
+            self._claims.close()
+        for fd in self._ram_fds:
+            os.close(fd)
+        if self._broken is not None:
+            if self._broken.done() and not self._broken.cancelled():
+                self._broken.exception()
+            self._broken.cancel()
+        for future in self._told.values():
+            future.cancel()
