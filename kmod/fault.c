@@ -50,7 +50,6 @@ static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
 {
 	struct umem_area *area = vmf->vma->vm_private_data;
 	unsigned int state = umem_wait_state(vmf->flags);
-	struct mm_struct *mm = vmf->vma->vm_mm;
 	struct file *face;
 
 	/*
@@ -59,7 +58,7 @@ static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
 	 */
 	if (current->flags & (PF_EXITING | PF_DUMPCORE))
 		return VM_FAULT_SIGBUS;
-	if (state == TASK_IDLE && umem_mm_is_exiting(mm))
+	if (state == TASK_IDLE && umem_mm_is_exiting(vmf->vma->vm_mm))
 		return VM_FAULT_SIGBUS;
 	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
 		return VM_FAULT_SIGBUS;
@@ -71,10 +70,9 @@ static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
 	}
 
 	umem_request(area, index, false);
+	/* The VMA may be gone when it returns; the face keeps area and module. */
 	face = get_file(vmf->vma->vm_file);
-	release_fault_lock(vmf);
-	/* From here on the VMA may be gone; the face keeps area and module. */
-	umem_wait(area, mm, index, state);
+	umem_wait(vmf, area, index, state);
 	fput(face);
 
 	/* Also when the server is gone: NOPAGE would have GUP go round. */
@@ -136,6 +134,9 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
  *
  * Where no page table is, the page cache would map a large folio as a whole, and
  * where one is mapped already, go by that: both are left to umem_vm_fault().
+ * Since 6.6 the page table may vanish while we are here, but only by a collapse
+ * of this very range that somebody who has it mapped asks for, and that ends in
+ * the few instructions between our look at the pmd and that of the page cache.
  */
 static vm_fault_t umem_vm_map_pages(struct vm_fault *vmf, pgoff_t start,
 				    pgoff_t end)
@@ -174,6 +175,12 @@ static void umem_vm_close(struct vm_area_struct *vma)
 	struct umem_area *area = vma->vm_private_data;
 
 	atomic_dec(&area->nr_maps);
+	/*
+	 * Who waits in a mapping that is gone would wait for a page that may
+	 * never come: let it find out.  The VMA was taken out of the mm under its
+	 * write lock, which is a barrier and which waiters had held.
+	 */
+	umem_wake(area, vma->vm_pgoff, vma_pages(vma));
 }
 
 /**

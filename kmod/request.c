@@ -100,11 +100,13 @@ void umem_request(struct umem_area *area, pgoff_t index, bool async)
 
 /**
  * umem_request_again() - deliver every open request once more
- * @area: the area, which has a new server
+ * @area: the area, whose server changed or failed to take them
  */
 void umem_request_again(struct umem_area *area)
 {
 	spin_lock(&area->req_lock);
+	/* The walk finds what is in the ring too. */
+	area->tail = area->head;
 	area->rescan = true;
 	spin_unlock(&area->req_lock);
 	wake_up_all(&area->server_wq);
@@ -297,16 +299,16 @@ bool umem_mm_is_exiting(struct mm_struct *mm)
 }
 
 /**
- * umem_wait() - sleep until a page is cached
+ * umem_wait() - drop the lock of a fault and sleep for a page
+ * @vmf: the fault; its VMA may be gone on return
  * @area: the area, which the caller keeps alive
- * @mm: the consumer
  * @index: the page, which was requested
  * @state: the state to sleep in; TASK_IDLE for a kernel thread
  *
- * Returns early for a signal that @state lets through, and in a kernel thread
- * when the consumer exits: the fault is taken again and sees for itself.
+ * Sleeps once.  Whatever ends it, the page or a signal or umem_wake() for another
+ * reason, the fault is taken again and sees for itself.
  */
-void umem_wait(struct umem_area *area, struct mm_struct *mm, pgoff_t index,
+void umem_wait(struct vm_fault *vmf, struct umem_area *area, pgoff_t index,
 	       unsigned int state)
 {
 	wait_queue_head_t *bucket = umem_bucket(area, index);
@@ -316,24 +318,31 @@ void umem_wait(struct umem_area *area, struct mm_struct *mm, pgoff_t index,
 	waiter.entry.private = current;
 	INIT_LIST_HEAD(&waiter.entry.entry);
 
-	for (;;) {
-		prepare_to_wait(bucket, &waiter.entry, state);
-		if (umem_is_cached(area, index) ||
-		    signal_pending_state(state, current))
-			break;
-		if (state == TASK_IDLE) {
-			if (umem_mm_is_exiting(mm))
-				break;
+	/*
+	 * First on the queue, then out of the lock: whoever unmaps the VMA finds
+	 * the waiter there, see umem_vm_close().
+	 */
+	prepare_to_wait(bucket, &waiter.entry, state);
+	release_fault_lock(vmf);
+	if (!umem_is_cached(area, index) &&
+	    !signal_pending_state(state, current)) {
+		if (state == TASK_IDLE)
 			schedule_timeout(UMEM_KTHREAD_SLICE);
-		} else {
+		else
 			schedule();
-		}
 	}
 	finish_wait(bucket, &waiter.entry);
 }
 
-static void umem_wake(struct umem_area *area, pgoff_t start,
-		      unsigned long count)
+/**
+ * umem_wake() - have who waits for pages of a range take the fault again
+ * @area: the area
+ * @start: first page
+ * @count: how many
+ *
+ * What makes them look has to be visible first, with a full barrier between.
+ */
+void umem_wake(struct umem_area *area, pgoff_t start, unsigned long count)
 {
 	struct umem_marked marked = { .start = start, .count = count };
 	unsigned long i, n = min_t(unsigned long, count, UMEM_BUCKETS);
@@ -341,7 +350,7 @@ static void umem_wake(struct umem_area *area, pgoff_t start,
 	for (i = 0; i < n; i++) {
 		wait_queue_head_t *bucket = umem_bucket(area, start + i);
 
-		/* The full barrier of umem_set_cached() stands before this. */
+		/* The caller's full barrier stands before this. */
 		if (waitqueue_active(bucket))
 			__wake_up(bucket, TASK_NORMAL, 0, &marked);
 	}
@@ -432,6 +441,7 @@ int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
 			return ret;
 	}
 
+	/* The full barrier is that of umem_set_cached(). */
 	umem_wake(area, start, count);
 	*nr_new += fresh;
 	if (fresh && atomic_long_add_return(fresh, &area->nr_cached) ==

@@ -65,6 +65,7 @@ struct umem_server *umem_server_new(struct umem_area *area)
 int umem_server_attach(struct umem_server *server, bool force)
 {
 	struct umem_area *area = server->area;
+	bool again;
 
 	spin_lock(&area->server_lock);
 	if (area->server && !force) {
@@ -74,9 +75,12 @@ int umem_server_attach(struct umem_server *server, bool force)
 	if (area->server)
 		WRITE_ONCE(area->server->fenced, true);
 	area->server = server;
+	again = area->had_server;
+	area->had_server = true;
 	spin_unlock(&area->server_lock);
 
-	umem_request_again(area);
+	if (again)
+		umem_request_again(area);
 	return 0;
 }
 
@@ -143,6 +147,11 @@ static int umem_server_take(struct umem_server *server,
 		if (READ_ONCE(server->fenced))
 			return -ENODEV;
 		got = umem_request_take(area, reqs, nr);
+		if (got > 0 && READ_ONCE(server->fenced)) {
+			/* They were meant for the successor. */
+			umem_request_again(area);
+			return -ENODEV;
+		}
 		if (got)
 			return got;
 		if (nonblock)
@@ -329,12 +338,18 @@ static long umem_ioctl_get(struct umem_server *server, void __user *argp,
 				  nonblock, umem_copy_record);
 	if (got < 0)
 		return got;
-	return put_user((u32)got,
-			&((struct umem_page_requests __user *)argp)->nr);
+	if (put_user((u32)got,
+		     &((struct umem_page_requests __user *)argp)->nr)) {
+		/* The caller cannot know what it got. */
+		umem_request_again(server->area);
+		return -EFAULT;
+	}
+	return 0;
 }
 
 static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
 {
+	struct umem_mark_cached __user *out = argp;
 	struct umem_area *area = server->area;
 	struct umem_page_range *ranges;
 	struct umem_mark_cached arg;
@@ -346,6 +361,9 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
 		return -EFAULT;
 	if (!arg.nr || arg.nr > UMEM_MARK_MAX || arg.flags)
 		return -EINVAL;
+	/* What cannot be told is not done. */
+	if (put_user(nr_new, &out->nr_new))
+		return -EFAULT;
 
 	ranges = vmemdup_user(u64_to_user_ptr(arg.ranges),
 			      array_size(arg.nr, sizeof(*ranges)));
@@ -356,7 +374,7 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
 		if (!ranges[i].count || ranges[i].count > area->npages ||
 		    ranges[i].pgoff > area->npages - ranges[i].count) {
 			ret = -EINVAL;
-			goto out;
+			goto free;
 		}
 	}
 
@@ -364,9 +382,8 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
 		ret = umem_mark(area, ranges[i].pgoff, ranges[i].count,
 				&nr_new);
 	if (!ret)
-		ret = put_user(nr_new,
-			       &((struct umem_mark_cached __user *)argp)->nr_new);
-out:
+		ret = put_user(nr_new, &out->nr_new);
+free:
 	kvfree(ranges);
 	return ret;
 }

@@ -77,8 +77,9 @@ struct umem_server;
  * @buckets: who waits for a granule
  * @mark_sem: held for reading by marks, for writing by marks that have to zero
  *	what was discarded
- * @server_lock: protects @server and what it points to
+ * @server_lock: protects @server, what it points to, and @had_server
  * @server: who serves the area, or NULL
+ * @had_server: somebody did before
  * @read_mutex: protects @scan_pos and @scan_left
  * @scan_pos: where the walk of @requested goes on
  * @scan_left: granules that the walk has yet to look at
@@ -112,6 +113,7 @@ struct umem_area {
 
 	spinlock_t server_lock;		/* see the kernel-doc above */
 	struct umem_server *server;
+	bool had_server;
 
 	struct mutex read_mutex;	/* see the kernel-doc above */
 	unsigned long scan_pos;
@@ -168,8 +170,9 @@ int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
 		      unsigned int nr);
 void umem_request_return(struct umem_area *area,
 			 const struct umem_page_request *reqs, unsigned int nr);
-void umem_wait(struct umem_area *area, struct mm_struct *mm, pgoff_t index,
+void umem_wait(struct vm_fault *vmf, struct umem_area *area, pgoff_t index,
 	       unsigned int state);
+void umem_wake(struct umem_area *area, pgoff_t start, unsigned long count);
 bool umem_mm_is_exiting(struct mm_struct *mm);
 int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
 	      u64 *nr_new);
