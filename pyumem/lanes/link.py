@@ -10,7 +10,7 @@ import socket
 from typing import Final
 
 from pyumem import wire
-from pyumem.errors import LinkError
+from pyumem.errors import LinkError, ProtocolError
 from pyumem.stats import Counter, StatsBlock
 
 DEAD_PEER_S: Final = 30
@@ -93,7 +93,10 @@ class Link:
             return None
         if done < wire.HEADER_SIZE:
             raise LinkError(f"{self.peer}: connection closed within a header")
-        return wire.unpack(self._header)
+        try:
+            return wire.unpack(self._header)
+        except ProtocolError as e:
+            raise type(e)(f"{self.peer}: {e}") from None
 
     def payload(self, header: wire.Header) -> memoryview:
         """Return the payload of a small frame.  Pages are received by receive_into() instead."""
