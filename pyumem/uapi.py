@@ -83,11 +83,8 @@ class Layout:
             yield name, offset, size
             offset += size
 
-    def pack(self, room: int = 0, /, **values: int | bytes) -> bytearray:
-        """Return the structure with the given members set and all others zero.
-
-        Zeros follow it up to `room` bytes.
-        """
+    def pack(self, **values: int | bytes) -> bytearray:
+        """Return the structure with the given members set and all others zero."""
         unknown = values.keys() - {name for name, _ in self.members}
         if unknown:
             raise ValueError(f"struct {self.tag} has no {', '.join(sorted(unknown))}")
@@ -96,7 +93,7 @@ class Layout:
             for name, fmt in self.members
             if not fmt.endswith("x")
         ]
-        buf = bytearray(max(self.size, room))
+        buf = bytearray(self.size)
         self._struct.pack_into(buf, 0, *fields)
         return buf
 
@@ -198,12 +195,6 @@ UMEM_REATTACH_FORCE: Final = 1 << 0
 UMEM_REQUEST_ASYNC: Final = 1 << 0
 UMEM_REQUEST_DISCARDED: Final = 1 << 1
 
-# fcntl.ioctl() copies an argument of up to 1024 bytes into a buffer of its own and, before Python
-# 3.13, then keeps the interpreter lock during the call.  A call that may sleep gets a longer
-# argument, which is passed as it is and without the lock.
-_UNLOCKED: Final = 1025
-
-
 # --- results ---
 
 
@@ -274,7 +265,11 @@ class AreaInfo:
 
 
 def _call(fd: int, number: int, arg: bytearray) -> None:
-    """Do the ioctl, again after each signal.  Raises OSError."""
+    """Do the ioctl, again after each signal.  Raises OSError.
+
+    Other threads run meanwhile: Python lets go of its interpreter lock for an argument of up to
+    1024 bytes (and from 3.13 on for any).
+    """
     while True:
         try:
             fcntl.ioctl(fd, number, arg)
@@ -404,7 +399,7 @@ class RequestBuffer:
         self._words = array.array("Q", bytes(PAGE_REQUEST.size * nr))
         self._view = memoryview(self._words)
         # Packed once; only nr changes, in both directions.
-        self._arg = PAGE_REQUESTS.pack(_UNLOCKED, requests=self._words.buffer_info()[0], nr=nr)
+        self._arg = PAGE_REQUESTS.pack(requests=self._words.buffer_info()[0], nr=nr)
         self._nr_at = next(at for name, at, _ in PAGE_REQUESTS.offsets() if name == "nr")
 
     def get(self, fd: int) -> memoryview:
