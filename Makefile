@@ -47,11 +47,14 @@ $(STAMPS)/venv: pyproject.toml scripts/setup-venv.sh | $(STAMPS)/apt
 $(STAMPS)/vm-image: scripts/make-vm-image.sh $(STAMPS)/venv $(STAMPS)/guest $(STAMPS)/qemu-10.0
 	@scripts/make-vm-image.sh
 
-$(STAMPS)/guest: scripts/setup-guest.sh $(wildcard tests/guest/*) | $(STAMPS)/apt
+$(STAMPS)/guest: scripts/setup-guest.sh scripts/extract-vmlinux.py $(wildcard tests/guest/*) | $(STAMPS)/apt
 	@scripts/setup-guest.sh
 
 $(STAMPS)/qemu-10.0: scripts/setup-qemu10.sh | $(STAMPS)/apt
 	@scripts/setup-qemu10.sh
+
+$(STAMPS)/checkpatch: scripts/setup-checkpatch.sh | $(STAMPS)/apt
+	@scripts/setup-checkpatch.sh
 
 $(STAMPS)/kernel-%: scripts/setup-kernel.sh | $(STAMPS)/apt
 	@scripts/setup-kernel.sh $*
@@ -71,3 +74,46 @@ vm: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## run CMD='...' in the test VM, a s
 	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $(NAME) \
 		$(if $(CMD),--shell-command "$$CMD")
 export CMD
+
+.PHONY: demo
+demo: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## migrate a running guest in the test VM (ACCEL=kvm|tcg FLAGS=-n GUEST_MEM= KERNEL= RATE= DELAY=)
+	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name demo --tty -- \
+		python -m tests.vm.demo --accel $(ACCEL) --guest-mem $(GUEST_MEM) \
+		--rate $(RATE) --delay $(DELAY) $(if $(FLAGS),--flags="$(FLAGS)")
+
+# ---- tests
+
+RUN_TESTS = $(PY) scripts/run_tests.py $(foreach k,$(THE_KERNELS),--kernel $(k)) --mem $(MEM) --cpus $(CPUS)
+
+.PHONY: test
+test: setup $(STAMPS)/checkpatch $(THE_KERNELS:%=module-%) ## lint and every test; T=path::name runs one (KERNEL=6.1|6.12)
+	@$(RUN_TESTS) $(if $(T),--only "$(T)",lint unit vm)
+
+.PHONY: test-unit
+test-unit: $(STAMPS)/venv $(STAMPS)/guest ## tests that need no VM
+	@$(RUN_TESTS) unit
+
+.PHONY: test-driver
+test-driver: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of the driver, in the VM (KERNEL=)
+	@$(RUN_TESTS) driver
+
+.PHONY: test-migration
+test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole migrations, in the VM (KERNEL=)
+	@$(RUN_TESTS) migration
+
+.PHONY: lint
+lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, kernel-doc
+	@scripts/lint.sh
+
+.PHONY: docs
+docs: $(KERNELS:%=$(STAMPS)/kernel-%) ## check Documentation/ and the kernel-doc of kmod/
+	@scripts/check-docs.sh
+
+.PHONY: clean
+clean: ## remove what was built here; keeps what was downloaded and unpacked
+	@rm -rf build/kmod build/lint build/vm build/test $(STAMPS)/vm-image
+	@find pyumem tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: ## remove build/ and .venv: the next make starts from nothing
+	@rm -rf build .venv pyumem.egg-info

@@ -20,20 +20,20 @@ mkdir -p "$stage/usr" "$stage/venv"
 
 # put FILE...: copies files or directories of /usr into the stage.
 put() {
-	local path real
+	local path name real
 	for path; do
 		[ -e "$path" ] || continue
 		real=$(realpath "$path")
-		for path in "$path" "$real"; do
+		for name in "$path" "$real"; do
 			# /lib and /bin are links into /usr.
-			case $path in
+			case $name in
 			/usr/*) ;;
-			/lib/* | /lib64/* | /bin/* | /sbin/*) path=/usr$path ;;
+			/lib/* | /lib64/* | /bin/* | /sbin/*) name=/usr$name ;;
 			*) continue ;;
 			esac
-			[ -e "$stage$path" ] && continue
-			mkdir -p "$stage$(dirname "$path")"
-			cp -a "$path" "$stage$path"
+			[ -e "$stage$name" ] && continue
+			mkdir -p "$stage$(dirname "$name")"
+			cp -a "$name" "$stage$name"
 		done
 	done
 }
@@ -59,7 +59,6 @@ for package in mypy mypyc ruff virtme virtme_ng pip virtualenv nodeenv; do
 done
 
 cp -a "$BUILD/qemu-10.0" "$BUILD/guest" "$stage/"
-rm -rf "$stage/guest/kernel/lib" "$stage/guest/kernel/usr"
 
 kib=$(du -sk --apparent-size "$stage" | cut -f1)
 files=$(find "$stage" | wc -l)

@@ -2,18 +2,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # setup-guest.sh: the guest that is migrated in tests and in the demo:
-# build/guest/vmlinuz (Debian's cloud kernel, unpacked, not installed),
+# build/guest/vmlinux (Debian's cloud kernel, unpacked, not installed),
 # build/guest/initramfs.cpio (busybox, tests/guest/init and the workload), and
 # build/guest/workload for tests on the host.
 
 . "$(dirname "$0")/lib.sh"
 
 with_lock guest
-stamp_fresh guest "$0" "$ROOT"/tests/guest/* && exit 0
+stamp_fresh guest "$0" "$ROOT"/tests/guest/* "$ROOT/scripts/extract-vmlinux.py" && exit 0
 dir=$BUILD/guest
 mkdir -p "$dir"
 
-if ! stamp_fresh guest-kernel "$0"; then
+if ! stamp_fresh guest-kernel "$0" "$ROOT/scripts/extract-vmlinux.py"; then
 	with_lock apt-lists
 	private_apt_update
 	image=$(private_apt apt-cache depends linux-image-cloud-amd64 |
@@ -23,7 +23,9 @@ if ! stamp_fresh guest-kernel "$0"; then
 	rm -rf "$dir/kernel"
 	mkdir -p "$dir/kernel"
 	dpkg-deb -x "$(deb_of "$image")" "$dir/kernel"
-	ln -sfn "kernel/boot/vmlinuz-${image#linux-image-}" "$dir/vmlinuz"
+	"$ROOT/scripts/extract-vmlinux.py" \
+		"$dir/kernel/boot/vmlinuz-${image#linux-image-}" "$dir/vmlinux"
+	rm -rf "$dir/kernel"
 	touch "$STAMPS/guest-kernel"
 fi
 

@@ -31,7 +31,7 @@ def test_boots_and_gives_a_verdict(accel: str, tmp_path: Path) -> None:
     assert verdict.bad == 0
 
 
-def test_both_qemus_run(tmp_path: Path) -> None:
+def test_both_qemus_run() -> None:
     for variable, version in (("UMEM_QEMU", "version 7.2"), ("UMEM_QEMU10", "version 10.")):
         argv = [os.environ[variable], "--version"]
         assert version in subprocess.run(argv, capture_output=True, text=True, check=True).stdout

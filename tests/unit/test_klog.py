@@ -48,14 +48,16 @@ CLEAN = """\
 [    4.503285] virtio-fs: tag <ROOTFS> not found
 [   13.888831] Module acpi_cpufreq is blacklisted
 [   17.000000] umem: loading out-of-tree module taints kernel.
-[   17.000001] umem: module verification failed: signature and/or required key missing - tainting kernel
+[   17.000001] umem: module verification failed: signature and/or required key missing
 [   17.778085] kvm: exiting hardware virtualization
 [   17.789792] reboot: Power down
 """
 
 
 @pytest.mark.parametrize(("kind", "text"), CAUGHT)
-@pytest.mark.parametrize("prefix", ["", "[   17.223110] ", "<4>[    1.0] ", "[  1.000000][  T300] "])
+@pytest.mark.parametrize(
+    "prefix", ["", "[   17.223110] ", "<4>[    1.0] ", "[  1.000000][  T300] "]
+)
 def test_catches(kind: str, text: str, prefix: str) -> None:
     findings = klog.judge(["[    1.000000] fine", prefix + text])
     assert [(finding.kind, finding.line_no) for finding in findings] == [(kind, 2)]

@@ -14,6 +14,7 @@ across a migration.
 """
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
@@ -93,7 +94,7 @@ class Message:
         kind, *rest = line[start + len(PREFIX) :].split() or [""]
         pairs = [word.split("=", 1) for word in rest if "=" in word]
         words = tuple(word for word in rest if "=" not in word)
-        return cls(now, kind, words, {key: value for key, value in pairs}, line)
+        return cls(now, kind, words, dict(pairs), line)
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,6 @@ def longest_silence(*consoles: GuestConsole, start: float, end: float) -> float:
         if start <= message.time <= end
     )
     return max(
-        (later - earlier for earlier, later in zip(times, times[1:], strict=False)),
+        (later - earlier for earlier, later in itertools.pairwise(times)),
         default=end - start,
     )

@@ -95,7 +95,7 @@ def inner_script(config: VmConfig) -> str:
         "UMEM_BUILD": str(BUILD),
         "UMEM_QEMU": "/usr/bin/qemu-system-x86_64",
         "UMEM_QEMU10": str(BUILD / "qemu-10.0" / "qemu-system-x86_64"),
-        "UMEM_GUEST_KERNEL": str(BUILD / "guest" / "vmlinuz"),
+        "UMEM_GUEST_KERNEL": str(BUILD / "guest" / "vmlinux"),
         "UMEM_GUEST_INITRD": str(BUILD / "guest" / "initramfs.cpio"),
     }
     env.update(config.env)
@@ -288,6 +288,8 @@ def run(config: VmConfig) -> int:
         f"{'KVM' if accel_kvm else 'emulated'}; kernel log in {config.log}"
     )
     started = time.monotonic()
+    # Whoever ends the harness ends the machine with it: see _execute's finally.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     vm_status = _execute(config, vm_argv(config, script, accel_kvm))
     _tell(f"ended after {time.monotonic() - started:.0f} s")
     return _verdict(config, vm_status, status_file)

@@ -47,7 +47,7 @@ def _boot() -> bool:
 
 def really_works(build: Path) -> bool:
     """Return whether KVM boots something here; asked once per boot of the host."""
-    if not os.path.exists("/dev/kvm"):
+    if not Path("/dev/kvm").exists():
         return False
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     cache = build / "stamps" / f"kvm-{boot_id}"
