@@ -210,6 +210,7 @@ class Agent:
         self.pid = self._process.pid
         self.answers: dict[int, list[str]] = {}
         self._seq = 0
+        self._tids: dict[int, int] = {}
         self._rest = b""
 
     # --- talking ---
@@ -290,8 +291,10 @@ class Agent:
     # --- looking at it from outside ---
 
     def tid(self, slot: int) -> int:
-        """The thread of a slot; the slot must be idle."""
-        return self.sys("gettid", slot=slot)
+        """The thread of a slot; asked for the first time, the slot must be idle."""
+        if slot not in self._tids:
+            self._tids[slot] = self.sys("gettid", slot=slot)
+        return self._tids[slot]
 
     def stat(self, tid: int, field: int) -> str:
         """Field of /proc/PID/stat as proc(5) numbers them, for fields behind the name."""
