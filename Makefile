@@ -72,8 +72,7 @@ $(KERNELS:%=module-%): module-%: $(STAMPS)/kernel-%
 .PHONY: vm
 vm: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## run CMD='...' in the test VM, a shell without CMD (KERNEL= MEM= CPUS=)
 	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $(NAME) \
-		$(if $(CMD),--shell-command "$$CMD")
-export CMD
+		$(if $(value CMD),--shell-command '$(subst ','\'',$(value CMD))')
 
 .PHONY: demo
 demo: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## migrate a running guest in the test VM (ACCEL=kvm|tcg FLAGS=-n GUEST_MEM= KERNEL= RATE= DELAY=)

@@ -16,6 +16,6 @@ python=/usr/bin/python3
 
 say venv "making .venv with $("$python" -V)"
 [ -x "$ROOT/.venv/bin/pip" ] || "$python" -m venv --clear "$ROOT/.venv"
-"$ROOT/.venv/bin/pip" install -q --disable-pip-version-check --no-input \
+"$ROOT/.venv/bin/pip" install -qq --disable-pip-version-check --no-input \
 	-e "${ROOT}[dev]"
 touch "$STAMPS/venv"

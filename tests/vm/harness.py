@@ -10,6 +10,7 @@ What is kept of a run, in build/vm/: <name>.log is the kernel's whole console,
 <name>.sh what was run, <name>.status how it ended.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -31,6 +33,9 @@ KERNELS = ("6.1", "6.12")
 EXIT_DIRTY_LOG = 86
 EXIT_VM_FAILED = 87
 EXIT_TIMEOUT = 124
+
+_TRACE_SECONDS = 3.0
+"""How long a broken kernel may print its trace."""
 
 # Drivers of the emulated board that no test needs; loading them costs seconds
 # under emulation.
@@ -79,15 +84,52 @@ def kernel_release(line: str) -> str:
         raise VmError(f"no kernel {line} under {path.parent}: run make setup") from None
 
 
+def prelude() -> str:
+    """Return the script that init runs: it readies the file systems, then runs $1.
+
+    Every program that is started over 9p costs, so busybox does it all, from a
+    copy in memory, until the disk of scripts/make-vm-image.sh is in place.
+    """
+    root = shlex.quote(str(ROOT))
+    venv = shlex.quote(str(ROOT / ".venv"))
+    lines = [
+        "#!/bin/busybox sh",
+        "# Written by tests/vm/harness.py.",
+        "/bin/busybox cp /bin/busybox /run/busybox",
+        'b() { /run/busybox "$@"; }',
+        "b mkdir -p /run/image /run/modules /run/new-tmp",
+        "b modprobe -a virtio_blk ext4 overlay",
+        "b mount -t ext4 -o ro,noload /dev/vda /run/image || exit 1",
+        f"b mount -t overlay -o lowerdir=/run/image/venv:{venv} venv {venv}",
+    ]
+    for name in ("qemu-10.0", "guest"):
+        lines.append(f"b mount --bind /run/image/{name} {shlex.quote(str(BUILD / name))}")
+    lines += [
+        # The modules hang below /usr/lib on a mount of their own.
+        "b mount --bind /usr/lib/modules /run/modules",
+        "b mount -t overlay -o lowerdir=/run/image/usr:/usr usr /usr",
+        "b mount --bind /run/modules /usr/lib/modules",
+        # A fresh /tmp; a checkout that lies under it stays where it is.
+        "b mount -t tmpfs -o mode=1777 tmp /run/new-tmp",
+    ]
+    if str(ROOT).startswith("/tmp/"):
+        inside = shlex.quote("/run/new-tmp/" + str(ROOT)[len("/tmp/") :])
+        lines += [f"b mkdir -p {inside}", f"b mount --rbind {root} {inside}"]
+    lines += [
+        "b mount --move /run/new-tmp /tmp",
+        f"cd {root} || exit 1",
+        'exec /bin/bash "$1"',
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
 def inner_script(config: VmConfig) -> str:
     """Return the shell script that prepares the machine and runs the command."""
     quote = shlex.quote
-    root = quote(str(ROOT))
     module = BUILD / "kmod" / config.kernel / "umem.ko"
     env = {
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
-        "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "UMEM_VM": "1",
@@ -99,26 +141,14 @@ def inner_script(config: VmConfig) -> str:
         "UMEM_GUEST_INITRD": str(BUILD / "guest" / "initramfs.cpio"),
     }
     env.update(config.env)
-    status = quote(str(BUILD / "vm" / f"{config.name}.status"))
     lines = ["#!/bin/bash", "# Written by tests/vm/harness.py for one run."]
     if config.command is not None:
         lines += ["exec 2>&1"]
     lines += [f"export {key}={quote(value)}" for key, value in env.items()]
     lines += [
-        # A fresh /tmp; a checkout that lies under it stays where it is.
-        "mkdir -p /run/new-tmp && mount -t tmpfs -o mode=1777 tmp /run/new-tmp",
-        f"case {root} in /tmp/*) mkdir -p /run/new-tmp/{quote(str(ROOT)[5:])} &&"
-        f" mount --bind {root} /run/new-tmp/{quote(str(ROOT)[5:])};; esac"
-        if str(ROOT).startswith("/tmp/")
-        else "",
-        "mount --move /run/new-tmp /tmp",
-        *_lay_image_over(),
-        f"cd {root} || exit 1",
-        "ip link set lo up",
         "modprobe -q kvm_amd || modprobe -q kvm_intel",
-        "[ -e /dev/kvm ] && chmod 0666 /dev/kvm",
-        "sysctl -qw kernel.hung_task_timeout_secs=120 kernel.printk=8",
-        f"status={status}",
+        "echo 8 >/proc/sys/kernel/printk",
+        f"status={quote(str(BUILD / 'vm' / f'{config.name}.status'))}",
     ]
     if config.module:
         lines += [
@@ -145,26 +175,7 @@ def inner_script(config: VmConfig) -> str:
         "sync",
         "exit $rc",
     ]
-    return "\n".join(line for line in lines if line) + "\n"
-
-
-def _lay_image_over() -> list[str]:
-    """Return the shell lines that put scripts/make-vm-image.sh's disk in place."""
-    venv = shlex.quote(str(ROOT / ".venv"))
-    return [
-        "modprobe -a virtio_blk ext4 overlay && mkdir -p /run/image",
-        "for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/vda ] && break; sleep 0.1; done",
-        "mount -t ext4 -o ro,noload /dev/vda /run/image",
-        f"mount -t overlay -o lowerdir=/run/image/venv:{venv} venv {venv}",
-        *(
-            f"mount --bind /run/image/{name} {shlex.quote(str(BUILD / name))}"
-            for name in ("qemu-10.0", "guest")
-        ),
-        # The modules hang below /usr/lib on a mount of their own.
-        "mkdir -p /run/modules && mount --bind /usr/lib/modules /run/modules",
-        "mount -t overlay -o lowerdir=/run/image/usr:/usr usr /usr",
-        "mount --bind /run/modules /usr/lib/modules",
-    ]
+    return "\n".join(lines) + "\n"
 
 
 def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
@@ -193,14 +204,17 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
         "loglevel=8",
         "ignore_loglevel",
         "printk.time=1",
+        # Not known to the kernel and so part of init's environment.
+        f"PATH={ROOT}/tests/vm/bin:/bin:/sbin:/usr/bin:/usr/sbin",
         "net.ifnames=0",
         f"module_blacklist={_NOT_NEEDED}",
     ):
         argv += ["--kopt", option]
     if config.command is None:
-        argv += ["--shell", str(script)]
+        argv += ["--shell", str(script.with_suffix(".shell"))]
     else:
-        argv += ["--show-boot-console", "--script-sh", f"exec {shlex.quote(str(script))}"]
+        words = shlex.join(["exec", str(script.with_suffix(".init")), str(script)])
+        argv += ["--show-boot-console", "--script-sh", words]
     argv += ["--qemu-opts"]
     if not accel_kvm:
         argv += ["-accel", "tcg,thread=multi"]
@@ -214,6 +228,28 @@ def _relay(source: IO[bytes], target: IO[bytes]) -> None:
     while chunk := os.read(source.fileno(), 65536):
         target.write(chunk)
         target.flush()
+
+
+def _relay_console(source: IO[bytes], log: IO[bytes], end: Callable[[], None]) -> None:
+    """Copy the console to the log, and END the machine when the kernel broke down.
+
+    After an oops the command may wait for ever, for a lock that nobody will
+    give back; the trace gets a few seconds to come out.
+    """
+    rest = b""
+    ending = False
+    while chunk := os.read(source.fileno(), 65536):
+        log.write(chunk)
+        log.flush()
+        *lines, rest = (rest + chunk).split(b"\n")
+        found = klog.judge(line.decode(errors="replace") for line in lines)
+        fatal = [finding for finding in found if finding.kind in klog.FATAL]
+        if fatal and not ending:
+            ending = True
+            _tell(f"the kernel broke down, ending the machine: {fatal[0].text}")
+            timer = threading.Timer(_TRACE_SECONDS, end)
+            timer.daemon = True
+            timer.start()
 
 
 def _execute(config: VmConfig, argv: list[str]) -> int | None:
@@ -236,10 +272,22 @@ def _execute(config: VmConfig, argv: list[str]) -> int | None:
         ) as process,
     ):
         assert process.stderr is not None
-        pairs: list[tuple[IO[bytes], IO[bytes]]] = [(process.stderr, log)]
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                if shell:
+                    # The whole group is that of the terminal and of ours.
+                    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+                    process.kill()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+        relays = [
+            threading.Thread(target=_relay_console, args=(process.stderr, log, kill), daemon=True)
+        ]
         if process.stdout is not None:
-            pairs.append((process.stdout, sys.stdout.buffer))
-        relays = [threading.Thread(target=_relay, args=pair, daemon=True) for pair in pairs]
+            pair = (process.stdout, sys.stdout.buffer)
+            relays.append(threading.Thread(target=_relay, args=pair, daemon=True))
         for relay in relays:
             relay.start()
         try:
@@ -248,10 +296,7 @@ def _execute(config: VmConfig, argv: list[str]) -> int | None:
             status = None
         finally:
             if process.poll() is None:
-                if shell:
-                    process.kill()
-                else:
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill()
                 process.wait()
         for relay in relays:
             relay.join(timeout=5)
@@ -278,7 +323,14 @@ def run(config: VmConfig) -> int:
         raise VmError(f"{module} is not there: run make module KERNEL={config.kernel}")
     script = directory / f"{config.name}.sh"
     script.write_text(inner_script(config))
-    script.chmod(0o755)
+    init = script.with_suffix(".init")
+    init.write_text(prelude())
+    # The shell's name is all that virtme-run takes, so that it is the first
+    # script that knows the second one there.
+    shell = script.with_suffix(".shell")
+    shell.write_text(f"#!/bin/busybox sh\nexec {shlex.join([str(init), str(script)])}\n")
+    for file in (script, init, shell):
+        file.chmod(0o755)
     status_file = directory / f"{config.name}.status"
     status_file.unlink(missing_ok=True)
     config.log.unlink(missing_ok=True)
@@ -312,7 +364,7 @@ def _verdict(config: VmConfig, vm_status: int | None, status_file: Path) -> int:
         _tell(f"{what} (the machine's own status: {vm_status}); the kernel's last lines:")
         for line in lines[-15:]:
             print(f"    {line}", file=sys.stderr)
-        return EXIT_VM_FAILED
+        return EXIT_DIRTY_LOG if findings else EXIT_VM_FAILED
     status, taint = int(told[0]), int(told[1])
     bad_taint = klog.judge_taint(taint)
     if bad_taint:

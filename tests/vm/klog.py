@@ -53,6 +53,11 @@ PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 # umem.  Each entry says why; keep it short.
 ALLOWED: tuple[tuple[re.Pattern[str], str], ...] = ()
 
+# After these the machine is not worth waiting for.
+FATAL = frozenset(
+    {"oops", "bug", "general protection", "panic", "kasan", "hard lockup", "hung task"}
+)
+
 # Taint flags that loading an unsigned out-of-tree module sets, and no others:
 # O is out-of-tree, E is unsigned.  The bits are those of
 # Documentation/admin-guide/tainted-kernels.rst.
