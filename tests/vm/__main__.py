@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Command line of the test machine: python -m tests.vm run [OPTIONS] [-- CMD...]."""
 
+import os
 import shlex
+import shutil
 import sys
 
 import click
@@ -22,6 +24,7 @@ def main() -> None:
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds until it is killed.")
 @click.option("--no-module", is_flag=True, help="Do not load umem.ko.")
 @click.option("--ignore-log", is_flag=True, help="Do not fail for the kernel log.")
+@click.option("--tty", is_flag=True, help="Tell the command of our terminal, if we have one.")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="Environment of the command.")
 @click.option("--shell-command", "shell_text", help="The command as one shell text.")
 @click.argument("command", nargs=-1)
@@ -33,6 +36,7 @@ def run(
     timeout: float,
     no_module: bool,
     ignore_log: bool,
+    tty: bool,
     env: tuple[str, ...],
     shell_text: str | None,
     command: tuple[str, ...],
@@ -43,6 +47,12 @@ def run(
     bad, 87 when the machine died, 124 when it took too long.
     """
     text = shell_text or (shlex.join(command) if command else None)
+    variables = dict(pair.split("=", 1) for pair in env)
+    if tty and sys.stdout.isatty():
+        # Standard output is a pipe all the way; who draws has to be told.
+        size = shutil.get_terminal_size()
+        variables |= {"UMEM_TTY": "1", "TERM": os.environ.get("TERM", "dumb")}
+        variables |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
     config = harness.VmConfig(
         kernel=kernel,
         command=text,
@@ -52,7 +62,7 @@ def run(
         timeout=timeout,
         module=not no_module,
         ignore_log=ignore_log,
-        env=dict(pair.split("=", 1) for pair in env),
+        env=variables,
     )
     try:
         sys.exit(harness.run(config))
