@@ -8,8 +8,8 @@
  * destroys the area.  A task that sleeps in the fault path holds the VMA's file
  * for the same end.
  *
- * Locking: umem_areas_mutex protects which areas exist: umem_areas, and the
- * uniqueness of names.  An area whose count has dropped to zero may still be
+ * Locking: umem_areas_mutex protects which areas exist: umem_areas, their number,
+ * and the uniqueness of names.  An area whose count has dropped to zero may still be
  * found there; umem_area_find() does not hand it out.
  *
  * Copyright (C) 2026 The umem authors
@@ -20,6 +20,7 @@
 #include <linux/fcntl.h>
 #include <linux/module.h>
 #include <linux/mount.h>
+#include <linux/rcupdate.h>
 #include <linux/shmem_fs.h>
 #include <linux/slab.h>
 #include <linux/user_namespace.h>
@@ -28,15 +29,24 @@
 #include "umem.h"
 
 static unsigned int max_areas = 1024;
-module_param(max_areas, uint, 0444);
+module_param(max_areas, uint, 0644);
 MODULE_PARM_DESC(max_areas, "Most areas alive at a time (default 1024)");
 
-static unsigned int max_area_gib = 16384;
+static unsigned int max_area_gib;
 module_param(max_area_gib, uint, 0644);
-MODULE_PARM_DESC(max_area_gib, "Largest area in GiB (default 16384)");
+MODULE_PARM_DESC(max_area_gib,
+		 "Largest area in GiB (default 0: four times the memory)");
+
+/* Page offsets leave room for flags in a ring entry, and bitmaps for sanity. */
+#define UMEM_MAX_PAGES	BIT_ULL(32)
+
+/* Minors; more than areas, so that a number is not soon used again. */
+#define UMEM_MINORS	(MINORMASK + 1)
 
 static DEFINE_MUTEX(umem_areas_mutex);
 static DEFINE_XARRAY_ALLOC(umem_areas);
+static unsigned int umem_nr_areas;
+static u32 umem_next_id;
 static struct vfsmount *umem_mnt;
 
 static dev_t umem_devt;
@@ -186,6 +196,7 @@ static void umem_area_destroy(struct umem_area *area)
 
 	mutex_lock(&umem_areas_mutex);
 	xa_erase(&umem_areas, area->id);
+	umem_nr_areas--;
 	mutex_unlock(&umem_areas_mutex);
 
 	fput(area->backing);
@@ -245,17 +256,32 @@ static int umem_area_publish(struct umem_area *area)
 	int ret = 0;
 
 	mutex_lock(&umem_areas_mutex);
+	if (umem_nr_areas >= READ_ONCE(max_areas))
+		ret = -ENOSPC;
 	if (area->name[0]) {
 		xa_for_each(&umem_areas, index, other)
 			if (kref_read(&other->ref) &&
 			    !strcmp(other->name, area->name))
 				ret = -EEXIST;
 	}
+	/* A number is used again as late as can be: nodes are known by it. */
 	if (!ret)
-		ret = xa_alloc(&umem_areas, &area->id, area,
-			       XA_LIMIT(0, max_areas - 1), GFP_KERNEL);
+		ret = xa_alloc_cyclic(&umem_areas, &area->id, area,
+				      XA_LIMIT(0, UMEM_MINORS - 1),
+				      &umem_next_id, GFP_KERNEL);
+	if (ret >= 0)
+		umem_nr_areas++;
 	mutex_unlock(&umem_areas_mutex);
-	return ret == -EBUSY ? -ENOSPC : ret;
+	return min(ret, 0);
+}
+
+static u64 umem_max_size(void)
+{
+	u64 limit = (u64)READ_ONCE(max_area_gib) << 30;
+
+	if (!limit)
+		limit = (u64)totalram_pages() << (PAGE_SHIFT + 2);
+	return min(limit, UMEM_MAX_PAGES << PAGE_SHIFT);
 }
 
 static bool umem_name_is_valid(const char *name)
@@ -278,10 +304,10 @@ struct umem_area *umem_area_create(u64 size, const char *name)
 {
 	char file_name[UMEM_NAME_MAX + sizeof("umem:")];
 	struct umem_area *area;
+	struct inode *inode;
 	int ret;
 
-	if (!size || size > (u64)READ_ONCE(max_area_gib) << 30 ||
-	    size > MAX_LFS_FILESIZE - PAGE_SIZE || !umem_name_is_valid(name))
+	if (!size || size > umem_max_size() || !umem_name_is_valid(name))
 		return ERR_PTR(-EINVAL);
 
 	area = kzalloc(sizeof(*area), GFP_KERNEL_ACCOUNT);
@@ -312,8 +338,15 @@ struct umem_area *umem_area_create(u64 size, const char *name)
 		ret = PTR_ERR(area->backing);
 		goto free;
 	}
+	inode = file_inode(area->backing);
 	/* ftruncate() to the size that it has is the only one that is let. */
-	SHMEM_I(file_inode(area->backing))->seals |= F_SEAL_SHRINK | F_SEAL_GROW;
+	SHMEM_I(inode)->seals |= F_SEAL_SHRINK | F_SEAL_GROW;
+	/* Who may map it is decided at our nodes, not by labels of the inode. */
+	inode->i_flags |= S_PRIVATE;
+	/* Without a link shmem takes it for anonymous memory, and lets the knobs
+	 * for huge anonymous pages override the mount's huge=never.
+	 */
+	set_nlink(inode, 1);
 
 	ret = umem_area_publish(area);
 	if (ret)
@@ -406,18 +439,26 @@ u32 umem_area_list(u32 first_id, struct umem_info *infos, u32 nr, u32 *total)
 
 static int umem_node_open(struct inode *inode, struct file *file)
 {
-	struct umem_area *area = umem_area_find(iminor(inode) -
-						MINOR(umem_devt));
+	struct umem_area *area = umem_area_find(iminor(inode));
 	struct file *face;
+	int ret = -ENXIO;
 
 	if (!area)
-		return -ENXIO;
+		return ret;
+	/*
+	 * A node that was removed while we came here belonged to an area that is
+	 * gone, and an area without a name has no node.
+	 */
+	if (!inode->i_nlink || !area->name[0])
+		goto put;
+
 	face = umem_face_open(area);
+	ret = PTR_ERR_OR_ZERO(face);
+	if (!ret)
+		file->private_data = face;
+put:
 	umem_area_put(area);
-	if (IS_ERR(face))
-		return PTR_ERR(face);
-	file->private_data = face;
-	return 0;
+	return ret;
 }
 
 static int umem_node_release(struct inode *inode, struct file *file)
@@ -456,9 +497,9 @@ static const struct file_operations umem_node_fops = {
 };
 
 /*
- * A tmpfs of our own, on which huge pages are off whatever the administrator
- * sets for shared memory: a large folio would be mapped with all its pages, the
- * missing ones too.
+ * A tmpfs of our own, on which huge pages are off: a large folio is mapped with
+ * all its pages, so that a fault has to wait for every one of them.  It cannot
+ * keep shmem_enabled=force away, nor MADV_COLLAPSE by a server; see fault.c.
  */
 static struct vfsmount *umem_mount(void)
 {
@@ -482,9 +523,6 @@ int umem_areas_init(void)
 {
 	int ret;
 
-	if (!max_areas || max_areas > MINORMASK)
-		return -EINVAL;
-
 	umem_mnt = umem_mount();
 	if (IS_ERR(umem_mnt))
 		return PTR_ERR(umem_mnt);
@@ -493,19 +531,19 @@ int umem_areas_init(void)
 	if (ret)
 		goto unmount;
 
-	ret = alloc_chrdev_region(&umem_devt, 0, max_areas, "umem");
+	ret = alloc_chrdev_region(&umem_devt, 0, UMEM_MINORS, "umem");
 	if (ret)
 		goto unregister_class;
 
 	cdev_init(&umem_node_cdev, &umem_node_fops);
 	umem_node_cdev.owner = THIS_MODULE;
-	ret = cdev_add(&umem_node_cdev, umem_devt, max_areas);
+	ret = cdev_add(&umem_node_cdev, umem_devt, UMEM_MINORS);
 	if (ret)
 		goto unregister_region;
 	return 0;
 
 unregister_region:
-	unregister_chrdev_region(umem_devt, max_areas);
+	unregister_chrdev_region(umem_devt, UMEM_MINORS);
 unregister_class:
 	class_unregister(&umem_class);
 unmount:
@@ -522,8 +560,10 @@ unmount:
 void umem_areas_exit(void)
 {
 	cdev_del(&umem_node_cdev);
-	unregister_chrdev_region(umem_devt, max_areas);
+	unregister_chrdev_region(umem_devt, UMEM_MINORS);
 	class_unregister(&umem_class);
 	mntput(umem_mnt);
+	/* A fault that dropped the last file may yet be on its way out of here. */
+	synchronize_rcu_tasks();
 	WARN_ON(!xa_empty(&umem_areas));
 }

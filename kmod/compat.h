@@ -23,6 +23,12 @@ static inline void release_fault_lock(struct vm_fault *vmf)
 #endif
 
 #ifndef UMEM_HAVE_VM_FLAGS_CLEAR
+static inline void vm_flags_set(struct vm_area_struct *vma,
+				unsigned long flags)
+{
+	vma->vm_flags |= flags;
+}
+
 static inline void vm_flags_clear(struct vm_area_struct *vma,
 				  unsigned long flags)
 {

@@ -31,18 +31,22 @@
  * How to sleep for a page.
  *
  * A fault in user mode may be interrupted by any signal: the handler runs, the
- * instruction is tried again.  In kernel mode the access is retried at once with
- * the signal still pending, so waiting interruptibly then would spin.  A kernel
- * thread takes no signals; umem_wait() has it look up now and then.
+ * instruction is tried again.  In kernel mode some leave for a signal too (KVM),
+ * and some try again at once with the signal still pending (a system call that
+ * copies), so that waiting interruptibly would spin.  Who comes again with the
+ * signal still there is of the second kind.  A kernel thread takes no signals;
+ * umem_wait() has it look up now and then.
  */
 static unsigned int umem_wait_state(unsigned int fault_flags)
 {
 	if (current->flags & PF_KTHREAD)
 		return TASK_IDLE;
-	if ((fault_flags & FAULT_FLAG_INTERRUPTIBLE) &&
-	    ((fault_flags & FAULT_FLAG_USER) || !signal_pending(current)))
-		return TASK_INTERRUPTIBLE;
-	return TASK_KILLABLE;
+	if (!(fault_flags & FAULT_FLAG_INTERRUPTIBLE))
+		return TASK_KILLABLE;
+	if (!(fault_flags & FAULT_FLAG_USER) &&
+	    (fault_flags & FAULT_FLAG_TRIED) && signal_pending(current))
+		return TASK_KILLABLE;
+	return TASK_INTERRUPTIBLE;
 }
 
 /* A page is missing: wait for it, or say that nobody can. */
@@ -79,21 +83,17 @@ static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
 	return VM_FAULT_RETRY;
 }
 
-/*
- * Is all of a folio cached?  If not, @index is a page of it that is missing.
- *
- * shmem may map a large folio as a whole.  The area's own mount has huge pages
- * off, but MADV_COLLAPSE does not ask.  The folio's lock is held, so it can be
- * neither split nor collapsed while we look.
- */
-static bool umem_folio_cached(struct umem_area *area, struct folio *folio,
-			      pgoff_t *index)
+/* Is all of a range cached?  If not, @missing is the first page that is not. */
+static bool umem_range_cached(struct umem_area *area, pgoff_t start,
+			      pgoff_t end, pgoff_t *missing)
 {
-	pgoff_t start = folio->index;
-	pgoff_t end = min(start + folio_nr_pages(folio), area->npages);
-
-	*index = find_next_zero_bit(area->cached, end, start);
-	return *index >= end;
+	end = min(end, area->npages);
+	*missing = find_next_zero_bit(area->cached, end, start);
+	if (*missing < end)
+		return false;
+	/* As in umem_is_cached(). */
+	smp_rmb();
+	return true;
 }
 
 static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
@@ -103,10 +103,10 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 	struct folio *folio;
 	vm_fault_t ret;
 
-	if (READ_ONCE(area->complete))
+	/* Pairs with the release of umem_mark(). */
+	if (smp_load_acquire(&area->complete))
 		return area->shmem_vm_ops->fault(vmf);
 
-	/* A VMA may have been grown past the end. */
 	if (index >= area->npages)
 		return VM_FAULT_SIGBUS;
 
@@ -117,9 +117,16 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 	if (!(ret & VM_FAULT_LOCKED))
 		return ret;
 
+	/*
+	 * shmem maps a large folio as a whole.  The area's own mount has huge
+	 * pages off, but neither MADV_COLLAPSE by the server nor
+	 * shmem_enabled=force asks.  The folio's lock is held, so it can be neither
+	 * split nor collapsed while we look.
+	 */
 	folio = page_folio(vmf->page);
 	if (likely(!folio_test_large(folio)) ||
-	    umem_folio_cached(area, folio, &index))
+	    umem_range_cached(area, folio->index, folio_next_index(folio),
+			      &index))
 		return ret;
 
 	folio_unlock(folio);
@@ -129,37 +136,30 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 }
 
 /*
- * Map cached neighbours of a cached page, those that border on it without a gap.
- * Runs under RCU and may not sleep.
+ * Map neighbours of a cached page.  Runs under RCU and may not sleep.
  *
- * Where no page table is, the page cache would map a large folio as a whole, and
- * where one is mapped already, go by that: both are left to umem_vm_fault().
- * Since 6.6 the page table may vanish while we are here, but only by a collapse
- * of this very range that somebody who has it mapped asks for, and that ends in
- * the few instructions between our look at the pmd and that of the page cache.
+ * The page cache maps a large folio as a whole here too, where no page table is,
+ * and whether one is can change under us: since 6.6 a collapse takes page tables
+ * away without a lock that we hold.  So neighbours are mapped only where all of
+ * what could be one huge page is cached, and whatever is mapped is right.
  */
 static vm_fault_t umem_vm_map_pages(struct vm_fault *vmf, pgoff_t start,
 				    pgoff_t end)
 {
 	struct umem_area *area = vmf->vma->vm_private_data;
-	pgoff_t index = vmf->pgoff;
-	pmd_t pmd;
+	pgoff_t block = round_down(vmf->pgoff, PTRS_PER_PTE);
+	pgoff_t missing;
 
-	if (READ_ONCE(area->complete))
-		return area->shmem_vm_ops->map_pages(vmf, start, end);
-
-	if (index >= area->npages || !umem_is_cached(area, index))
-		return 0;
-
-	pmd = READ_ONCE(*vmf->pmd);
-	if (!pmd_present(pmd) || pmd_leaf(pmd))
-		return 0;
-
-	end = find_next_zero_bit(area->cached, min(end + 1, area->npages),
-				 index) - 1;
-	while (index > start && umem_is_cached(area, index - 1))
-		index--;
-	return area->shmem_vm_ops->map_pages(vmf, index, end);
+	/* Pairs with the release of umem_mark(). */
+	if (!smp_load_acquire(&area->complete)) {
+		if (vmf->pgoff >= area->npages ||
+		    !umem_range_cached(area, block, block + PTRS_PER_PTE,
+				       &missing))
+			return 0;
+		start = max(start, block);
+		end = min(end, block + PTRS_PER_PTE - 1);
+	}
+	return area->shmem_vm_ops->map_pages(vmf, start, end);
 }
 
 static void umem_vm_open(struct vm_area_struct *vma)
@@ -313,6 +313,13 @@ int umem_face_mmap(struct file *face, struct vm_area_struct *vma)
 	vma_set_file(vma, face);
 	vma->vm_private_data = area;
 	vma->vm_ops = &umem_vm_ops;
+	/*
+	 * MADV_COLLAPSE of a consumer maps a huge page without a fault, so we
+	 * would not be asked.  This is what keeps it and khugepaged away; that
+	 * mlock() populates and does not lock, and that mremap() does not grow the
+	 * mapping, comes with it.
+	 */
+	vm_flags_set(vma, VM_DONTEXPAND);
 	umem_vm_open(vma);
 	return 0;
 }

@@ -156,6 +156,18 @@ static void umem_fill_request(struct umem_area *area,
 		req->flags |= UMEM_REQUEST_DISCARDED;
 }
 
+static void umem_start_walk(struct umem_area *area)
+{
+	lockdep_assert_held(&area->read_mutex);
+	lockdep_assert_held(&area->req_lock);
+
+	if (area->rescan) {
+		/* What the walk passed already may have been asked for since. */
+		area->rescan = false;
+		WRITE_ONCE(area->scan_left, area->npages);
+	}
+}
+
 /* From @area->scan_pos on, the next page that is requested and not cached. */
 static bool umem_scan_next(struct umem_area *area, pgoff_t *index)
 {
@@ -215,11 +227,7 @@ int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
 		if (!umem_is_cached(area, entry & ~UMEM_RING_ASYNC))
 			umem_fill_request(area, &reqs[got++], entry);
 	}
-	if (area->rescan) {
-		/* What the walk passed already may have been asked for since. */
-		area->rescan = false;
-		WRITE_ONCE(area->scan_left, area->npages);
-	}
+	umem_start_walk(area);
 	spin_unlock(&area->req_lock);
 
 	while (got < nr && umem_scan_next(area, &index))
@@ -231,6 +239,43 @@ int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
 		wake_up_interruptible_poll(&area->server_wq,
 					   EPOLLIN | EPOLLRDNORM);
 	return got;
+}
+
+/**
+ * umem_request_poll() - is there something to read, for certain?
+ * @area: the area
+ *
+ * Unlike umem_request_pending() this does a walk that is due, up to the first open
+ * request, which then goes into the ring.  May sleep.
+ *
+ * Return: true when a reader would get something now.
+ */
+bool umem_request_poll(struct umem_area *area)
+{
+	bool pending, found;
+	pgoff_t index;
+
+	if (!umem_request_pending(area))
+		return false;
+
+	mutex_lock(&area->read_mutex);
+	spin_lock(&area->req_lock);
+	pending = area->tail != area->head;
+	if (!pending)
+		umem_start_walk(area);
+	spin_unlock(&area->req_lock);
+	if (!pending) {
+		found = umem_scan_next(area, &index);
+		spin_lock(&area->req_lock);
+		if (found && area->head - area->tail < UMEM_RING)
+			area->ring[--area->tail % UMEM_RING] = index;
+		else if (found)
+			area->rescan = true;
+		pending = area->tail != area->head;
+		spin_unlock(&area->req_lock);
+	}
+	mutex_unlock(&area->read_mutex);
+	return pending;
 }
 
 /**
@@ -279,23 +324,46 @@ static int umem_wake_function(wait_queue_entry_t *entry, unsigned int mode,
 	return autoremove_wake_function(entry, mode, sync, key);
 }
 
+static bool umem_task_is_dying(struct task_struct *task)
+{
+	return READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
+}
+
 /**
- * umem_mm_is_exiting() - is nobody left who runs on this address space?
+ * umem_mm_is_exiting() - will nobody run on this address space any more?
  * @mm: one on whose behalf a kernel thread works
  *
- * KVM's asynchronous page fault works in a kernel thread, which takes no signal
- * and which the exit of the last task waits for.  By then every task has left
- * the mm, which therefore has no owner.
+ * KVM's asynchronous page fault works in a kernel thread, which takes no signal.
+ * The VM's threads wait for it, uninterruptibly, when they exit and when the
+ * guest resets: it must give up once they are killed, whether or not they have
+ * left the mm yet.
  *
  * Return: true when waiting for a page makes no sense any more.
  */
 bool umem_mm_is_exiting(struct mm_struct *mm)
 {
+	struct task_struct *task;
+	bool exiting = true;
+
+	rcu_read_lock();
 #ifdef CONFIG_MEMCG
-	return !rcu_access_pointer(mm->owner);
+	task = rcu_dereference(mm->owner);
+	if (task)
+		exiting = umem_task_is_dying(task);
 #else
-	return atomic_read(&mm->mm_users) <= 1;
+	for_each_process(task) {
+		struct task_struct *thread;
+
+		if (task->flags & PF_KTHREAD)
+			continue;
+		for_each_thread(task, thread)
+			if (READ_ONCE(thread->mm) == mm &&
+			    !umem_task_is_dying(task))
+				exiting = false;
+	}
 #endif
+	rcu_read_unlock();
+	return exiting;
 }
 
 /**
@@ -390,6 +458,7 @@ static int umem_zero_discarded(struct umem_area *area, pgoff_t start,
 
 	lockdep_assert_held_write(&area->mark_sem);
 
+	/* The bits stay: of a page that is cached nobody looks at them. */
 	for (index = start; !ret; index++) {
 		index = find_next_bit(area->discarded, end, index);
 		if (index >= end)
@@ -400,8 +469,6 @@ static int umem_zero_discarded(struct umem_area *area, pgoff_t start,
 						    FALLOC_FL_KEEP_SIZE,
 						    (loff_t)index << PAGE_SHIFT,
 						    PAGE_SIZE);
-		if (!ret)
-			clear_bit(index, area->discarded);
 	}
 	return ret;
 }
@@ -413,8 +480,8 @@ static int umem_zero_discarded(struct umem_area *area, pgoff_t start,
  * @count: how many, all of them inside the area
  * @nr_new: how many were missing before is added to this
  *
- * Return: 0, or a negative error code when discarded pages could not be zeroed;
- * then nothing of the range was marked.
+ * Return: 0, or a negative error code when discarded pages could not be zeroed or
+ * the caller was killed; then nothing of the range was marked.
  */
 int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
 	      u64 *nr_new)
@@ -431,7 +498,11 @@ int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
 
 	if (unlikely(discarded)) {
 		file_start_write(area->backing);
-		down_write(&area->mark_sem);
+		ret = down_write_killable(&area->mark_sem);
+		if (ret) {
+			file_end_write(area->backing);
+			return ret;
+		}
 		ret = umem_zero_discarded(area, start, count);
 		if (!ret)
 			fresh = umem_set_cached(area, start, count);
@@ -446,7 +517,8 @@ int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
 	*nr_new += fresh;
 	if (fresh && atomic_long_add_return(fresh, &area->nr_cached) ==
 		     area->npages)
-		WRITE_ONCE(area->complete, true);
+		/* Pairs with the acquires of the fault path. */
+		smp_store_release(&area->complete, true);
 	return 0;
 }
 
@@ -466,7 +538,7 @@ int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
  * over before it is: all that their servers wrote was written before, so the
  * caller's hole, punched after, zeroes that too.
  *
- * Return: 0 or -ENOMEM.
+ * Return: 0, -ENOMEM, or -EINTR when the caller was killed.
  */
 int umem_discard(struct umem_area *area, pgoff_t start, unsigned long count)
 {
@@ -500,9 +572,12 @@ int umem_discard(struct umem_area *area, pgoff_t start, unsigned long count)
 		set_bit(index, discarded);
 		/* The request carries the flag, so the bit comes first. */
 		smp_mb__after_atomic();
-		umem_request(area, index, false);
-		if (++turn % UMEM_WORDS_PER_TURN == 0)
+		umem_request(area, index, true);
+		if (++turn % UMEM_WORDS_PER_TURN == 0) {
+			if (fatal_signal_pending(current))
+				return -EINTR;
 			cond_resched();
+		}
 	}
 	return 0;
 }

@@ -16,6 +16,7 @@
 #include <linux/overflow.h>
 #include <linux/pid.h>
 #include <linux/poll.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -318,7 +319,7 @@ __poll_t umem_server_poll(struct umem_server *server, struct file *file,
 	poll_wait(file, &area->server_wq, wait);
 	if (READ_ONCE(server->fenced))
 		return EPOLLERR | EPOLLHUP;
-	if (umem_request_pending(area))
+	if (umem_request_poll(area))
 		events |= EPOLLIN | EPOLLRDNORM;
 	return events;
 }
@@ -378,9 +379,15 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
 		}
 	}
 
-	for (i = 0; !ret && i < arg.nr; i++)
-		ret = umem_mark(area, ranges[i].pgoff, ranges[i].count,
-				&nr_new);
+	for (i = 0; !ret && i < arg.nr; i++) {
+		if (READ_ONCE(server->fenced))
+			ret = -ENODEV;
+		else if (fatal_signal_pending(current))
+			ret = -EINTR;
+		else
+			ret = umem_mark(area, ranges[i].pgoff,
+					ranges[i].count, &nr_new);
+	}
 	if (!ret)
 		ret = put_user(nr_new, &out->nr_new);
 free:

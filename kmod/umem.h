@@ -166,6 +166,7 @@ void umem_requests_init(struct umem_area *area);
 void umem_request(struct umem_area *area, pgoff_t index, bool async);
 void umem_request_again(struct umem_area *area);
 bool umem_request_pending(struct umem_area *area);
+bool umem_request_poll(struct umem_area *area);
 int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
 		      unsigned int nr);
 void umem_request_return(struct umem_area *area,

@@ -24,7 +24,9 @@
  *  7. The area is gone when no server, no open node and no mapping is left.
  *
  * One rule binds the server: a granule that was marked is never written through
- * the backing file again.  It belongs to the consumer from then on.
+ * the backing file again.  It belongs to the consumer from then on.  (And nobody
+ * should write() into the backing file from a mapping of its own area: for a
+ * missing page that waits for itself.)
  *
  * Offsets and counts of pages are in host pages (PAGE_SIZE), as in mmap2().
  * Reserved members and unknown flags must be zero, else the call gives EINVAL.
@@ -73,7 +75,8 @@ struct umem_init {
 
 /**
  * struct umem_create - argument of UMEM_DEV_CREATE_UMEM
- * @size: in: size of the area in bytes; out: the same, rounded up to the granule
+ * @size: in: size of the area in bytes, at most the limit of the module (four
+ *	times the memory of the machine); out: the same, rounded up to the granule
  * @flags: in: must be zero
  * @granule_size: in: bytes served at a time, zero for the host page, the only
  *	other value allowed being the host page; out: the size in force
@@ -100,7 +103,8 @@ struct umem_create {
  * which belongs to the caller's file system uid and gid, mode 0660.
  *
  * Errors: EINVAL (size, name, flags, granule_size or reserved), EEXIST (the
- * name is in use), EMFILE, ENFILE, ENOMEM, ENOSPC (too many areas), EFAULT.
+ * name is in use), EBUSY (another process of the user took the area over already),
+ * EMFILE, ENFILE, ENOMEM, ENOSPC (too many areas), EFAULT.
  */
 #define UMEM_DEV_CREATE_UMEM	_IOWR(UMEM_IOC_MAGIC, 1, struct umem_create)
 
@@ -283,11 +287,12 @@ struct umem_mark_cached {
 
 /*
  * UMEM_MARK_PAGE_CACHED says that the content of the ranges is valid and wakes
- * who waits for it.  Marking what is cached already is harmless.  Either all
- * ranges are marked or, on EINVAL, EFAULT or ENOMEM, none.
+ * who waits for it.  Marking what is cached already is harmless.
  *
- * Errors: EINVAL (nr, flags, an empty range or one past the end), EFAULT,
- * ENOMEM, ENODEV (fenced), ENXIO (before UMEM_INIT).
+ * Errors, with nothing marked: EINVAL (nr, flags, an empty range or one past the
+ * end), EFAULT, ENODEV (fenced), ENXIO (before UMEM_INIT), ENOMEM.  With some of
+ * the ranges marked: ENOMEM (what was discarded could not be zeroed), EINTR (the
+ * caller is killed), ENODEV (fenced in the middle of it).
  */
 #define UMEM_MARK_PAGE_CACHED	_IOWR(UMEM_IOC_MAGIC, 17, struct umem_mark_cached)
 
