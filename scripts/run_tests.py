@@ -57,11 +57,11 @@ def _pytest(report: Path, arguments: list[str]) -> list[str]:
     return ["python", "-m", "pytest", f"--junitxml={report}", *arguments]
 
 
-def unit_part(arguments: list[str]) -> Part:
-    """Return the part that runs on the host."""
-    report = RESULTS / "unit.xml"
-    argv = _pytest(report, arguments or ["tests/unit"])
-    return Part("unit", [sys.executable, *argv[1:]], report)
+def host_part(name: str, arguments: list[str]) -> Part:
+    """Return a part that runs on the host: the tests under tests/NAME."""
+    report = RESULTS / f"{name}.xml"
+    argv = _pytest(report, arguments or [f"tests/{name}"])
+    return Part(name, [sys.executable, *argv[1:]], report)
 
 
 def vm_part(name: str, kernel: str, machine: list[str], arguments: list[str]) -> Part:
@@ -111,14 +111,16 @@ def plan(
     if only is not None:
         if only.startswith(IN_VM):
             return [vm_part("one", kernels[0], machine, [only, "-v"])]
-        return [unit_part([only, "-v"])]
+        return [host_part("unit", [only, "-v"])]
     planned: list[Part] = []
     for part in parts:
         match part:
             case "lint":
                 planned.append(Part("lint", ["scripts/lint.sh"]))
             case "unit":
-                planned.append(unit_part([]))
+                planned.append(host_part("unit", []))
+            case "harness":
+                planned.append(host_part("harness", []))
             case _:
                 paths = list(IN_VM) if part == "vm" else [f"tests/{part}"]
                 for kernel in kernels:
@@ -132,11 +134,13 @@ def plan(
 @click.option("--mem", default="4G")
 @click.option("--cpus", default="2")
 @click.option("--only", help="One test: path::name.")
-@click.argument("parts", nargs=-1, type=click.Choice(["lint", "unit", "vm", "driver", "migration"]))
+@click.argument(
+    "parts", nargs=-1, type=click.Choice(["lint", "unit", "harness", "vm", "driver", "migration"])
+)
 def main(
     kernels: tuple[str, ...], mem: str, cpus: str, only: str | None, parts: tuple[str, ...]
 ) -> None:
-    """Run PARTS: lint, unit, driver, migration, or vm for the last two in one boot."""
+    """Run PARTS: lint, unit, harness, driver, migration; vm is the last two in one boot."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     machine = ["--mem", mem, "--cpus", cpus]
