@@ -8,6 +8,7 @@ and only data is looked at.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import errno
 import mmap
@@ -20,6 +21,9 @@ from typing import Final, Self
 from pyumem.errors import UmemError
 
 PAGE_SIZE: Final = mmap.PAGESIZE
+_WORDS: Final = PAGE_SIZE // 8
+_FEW: Final = 4
+"""Pages up to which each is asked for by itself: what a request brings."""
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -66,6 +70,9 @@ class RamFile:
         self.name: Final = name
         self.size: Final = size
         self.npages: Final = size // PAGE_SIZE
+        if size % PAGE_SIZE or not size:
+            os.close(fd)
+            raise UmemError(f"RAM block {name}: {size} bytes are not whole pages")
         try:
             status = os.fstat(fd)
             # A node of the driver knows no holes, and fstat() tells no size of it.
@@ -78,7 +85,10 @@ class RamFile:
         except BaseException:
             os.close(fd)
             raise
+        self._data_starts: list[int] = []
+        self._data_ends: list[int] = []
         self._view = memoryview(self._map)
+        self._words = self._view.cast("Q")
         self._address = _address_of(self._view)
         self._zeros = mmap.mmap(-1, PAGE_SIZE)
         with memoryview(self._zeros) as zeros:
@@ -103,14 +113,36 @@ class RamFile:
         """Split a range of pages into (has data, first page, count)."""
         end = pgoff + count
         while pgoff < end:
-            data = self._seek(pgoff, os.SEEK_DATA, end)
-            if data > pgoff:
-                yield False, pgoff, data - pgoff
-                pgoff = data
-                continue
-            hole = max(self._seek(pgoff, os.SEEK_HOLE, end), pgoff + 1)
-            yield True, pgoff, hole - pgoff
-            pgoff = hole
+            stop = self._known_data_end(pgoff)
+            if not stop:
+                if (data := self._seek(pgoff, os.SEEK_DATA, end)) > pgoff:
+                    yield False, pgoff, data - pgoff
+                    pgoff = data
+                    continue
+                stop = self._find_data_end(pgoff, end)
+            stop = min(stop, end)
+            yield True, pgoff, stop - pgoff
+            pgoff = stop
+
+    def _known_data_end(self, pgoff: int) -> int:
+        """Return the end of the data around a page, as far as an earlier call found it, else 0."""
+        at = bisect.bisect_right(self._data_starts, pgoff) - 1
+        return self._data_ends[at] if at >= 0 and pgoff < self._data_ends[at] else 0
+
+    def _find_data_end(self, pgoff: int, end: int) -> int:
+        """Return where the data that begins at `pgoff` ends, or `end` if that comes first."""
+        if end - pgoff <= _FEW:
+            stop = pgoff + 1
+            while stop < end and self._seek(stop, os.SEEK_DATA, end) == stop:
+                stop += 1
+            return stop
+        # The kernel looks at every page up to the next hole, perhaps at the whole file: once is
+        # enough.  The VM stands still, so what it finds stays true.
+        stop = max(self._seek(pgoff, os.SEEK_HOLE, self.npages), pgoff + 1)
+        at = bisect.bisect_right(self._data_starts, pgoff)
+        self._data_starts.insert(at, pgoff)
+        self._data_ends.insert(at, stop)
+        return stop
 
     def _seek(self, pgoff: int, whence: int, end: int) -> int:
         """Return the page at which the next data or hole begins, at most `end`."""
@@ -143,12 +175,19 @@ class RamFile:
             if not has_data:
                 yield False, first, nr
                 continue
-            start = first
-            kind = not self.is_zero(first)
-            for page in range(first + 1, first + nr):
-                if (not self.is_zero(page)) != kind:
+            yield from self._by_content(first, nr)
+
+    def _by_content(self, first: int, nr: int) -> Iterator[tuple[bool, int, int]]:
+        # The first word of every page at once: few pages that begin with zeros need a full look.
+        heads = self._words[first * _WORDS : (first + nr) * _WORDS : _WORDS].tolist()
+        start, kind = first, None
+        for page, head in enumerate(heads, first):
+            content = bool(head) or not self.is_zero(page)
+            if content is not kind:
+                if kind is not None:
                     yield kind, start, page - start
-                    start, kind = page, not kind
+                start, kind = page, content
+        if kind is not None:
             yield kind, start, first + nr - start
 
     # --- the end ---
@@ -156,6 +195,7 @@ class RamFile:
     def close(self) -> None:
         """Unmap and close; again is harmless."""
         if self.fd >= 0:
+            self._words.release()
             self._view.release()
             self._map.close()
             self._zeros.close()

@@ -110,9 +110,9 @@ class Worker:
     async def _reap(self) -> None:
         assert self._process is not None and self._channel is not None
         status = await self._process.wait()
-        self._read_rest()
         if self._stopping:
             return
+        self._read_rest()
         if self._reason:
             why = self._reason
         elif status < 0:

@@ -27,7 +27,7 @@ from pyumem.lanes.fill import AreaLike, Arrivals, Filler
 from pyumem.lanes.link import Link
 from pyumem.stats import Counter, StatsBlock
 from pyumem.uapi import UMEM_REQUEST_DISCARDED
-from pyumem.worker import Channel, run
+from pyumem.worker import Channel, hurry, run
 
 
 class UrgentLane:
@@ -121,6 +121,7 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     """
     from pyumem.area import Area
 
+    hurry()
     sock = socket.socket(fileno=fds[0])
     stats = StatsBlock.attach(fds[1])
     areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]

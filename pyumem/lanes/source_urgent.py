@@ -19,7 +19,7 @@ from pyumem.lanes.link import Link
 from pyumem.lanes.serve_pages import Sender
 from pyumem.ram import RamFile
 from pyumem.stats import Counter, StatsBlock
-from pyumem.worker import Channel, run
+from pyumem.worker import Channel, hurry, run
 
 
 def runs(sorted_pages: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -112,6 +112,7 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     """Set up from the start message: fds are the socket, stats, claims, then the file of each RAM
     block.
     """
+    hurry()
     sock = socket.socket(fileno=fds[0])
     stats = StatsBlock.attach(fds[1])
     ram = [
