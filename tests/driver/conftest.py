@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def new_area() -> Iterator[Callable[[int], Area]]:
     yield create
     for area in made:
         area.close()
+
+
+@pytest.fixture(scope="session")
+def ram_disk() -> Iterator[Path]:
+    """A block device in memory, of 64 MiB: for direct I/O and for swap."""
+    subprocess.run(["modprobe", "brd", "rd_nr=1", "rd_size=65536"], check=True)
+    device = Path("/dev/ram0")
+    wait_until(device.exists, "the RAM disk is there")
+    yield device
+    subprocess.run(["modprobe", "-r", "brd"], check=True)
 
 
 @pytest.fixture

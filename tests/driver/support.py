@@ -205,6 +205,8 @@ class Agent:
             stdout=subprocess.PIPE,
             pass_fds=tuple(pass_fds),
             user=uid,
+            group=uid,
+            extra_groups=None if uid is None else [],
             bufsize=0,
         )
         self.pid = self._process.pid
@@ -246,6 +248,16 @@ class Agent:
         return self.do("sys", name, *args, slot=slot)[0]
 
     # --- common system calls ---
+
+    def ioctl(self, fd: int, number: int, arg: bytes) -> bytes:
+        """Do an ioctl whose argument is a structure; return what became of it."""
+        (where,) = self.do("alloc", PAGE)
+        words = memoryview(arg + bytes(-len(arg) % 8)).cast("Q")
+        for n, word in enumerate(words):
+            self.do("poke", where + 8 * n, word)
+        self.sys("ioctl", fd, number, where)
+        got = self.do("words", where, len(words), 8)
+        return b"".join(word.to_bytes(8, "little") for word in got)[: len(arg)]
 
     def open(self, path: str, flags: int = os.O_RDWR) -> int:
         return self.sys("open", self.do("str", path)[0], flags)
@@ -325,6 +337,11 @@ class Agent:
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         self._process.send_signal(signum)
+
+    def hang_up(self) -> None:
+        """Close its standard input: it exits, whatever its threads are doing."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def wait(self, timeout: float = LONG) -> int:
         """Wait for the process to end; return its status as subprocess has it."""

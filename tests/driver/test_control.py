@@ -8,8 +8,6 @@ import fcntl
 import os
 import stat
 import string
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,25 +85,20 @@ def test_node_comes_and_goes_with_owner_and_mode() -> None:
     assert not node.exists()
 
 
-def test_node_belongs_to_the_one_who_created_the_area() -> None:
+def test_node_belongs_to_the_one_who_created_the_area(new_agent: Callable[..., Agent]) -> None:
     """A user who may open /dev/umem gets a node of his own."""
-    made = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import os, sys\n"
-            "from pyumem import uapi\n"
-            "fd = uapi.open_control()\n"  # as root, then let go
-            "os.setgroups([]); os.setgid(1234); os.setuid(4321)\n"
-            "made = uapi.create(fd, 'of.a.user', 4096)\n"
-            "s = os.stat(f'/dev/umem{made.id}')\n"
-            "print(s.st_uid, s.st_gid, oct(s.st_mode & 0o777), uapi.list_areas(fd)[0].owner_uid)\n",
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert made.stdout.split() == ["4321", "1234", "0o660", "4321"]
+    with control() as fd:
+        user = new_agent(uid=4321, pass_fds=[fd])
+        arg = uapi.CREATE.pack(size=PAGE, name=b"of.a.user")
+        got = uapi.CREATE.ints(bytearray(user.ioctl(fd, uapi.UMEM_DEV_CREATE_UMEM, bytes(arg))))
+        status = Path(f"/dev/umem{got['id']}").stat()
+        assert (status.st_uid, status.st_gid) == (4321, 4321)
+        assert stat.S_IMODE(status.st_mode) == 0o660
+        assert areas()[0].owner_uid == 4321
+        user.open(f"/dev/umem{got['id']}")
+        with pytest.raises(OSError) as caught:
+            new_agent(uid=1234).open(f"/dev/umem{got['id']}")
+        assert caught.value.errno == errno.EACCES
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -24,8 +23,10 @@ from .support import (
     PAGE,
     SHORT,
     Agent,
+    AgentError,
     areas,
     content,
+    control,
     fill,
     no_request,
     readable,
@@ -246,70 +247,49 @@ def test_open_requests_come_back_whatever_the_old_server_is_doing(area: Area, ag
         server.close()
 
 
-REATTACH_AS = """
-import os, sys
-from pyumem import errors, uapi
-fd = uapi.open_control()
-os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
-try:
-    made = uapi.reattach(fd, int(sys.argv[2]), sys.argv[3] == "force")
-    print("attached", uapi.info(made.server_fd).name)
-except errors.DriverError as e:
-    print(e.errno)
-"""
+def reattach(agent: Agent, control: int, area_id: int, flags: int = 0) -> None:
+    """Re-attach in the agent; it keeps the descriptors.  Raises AgentError."""
+    arg = uapi.REATTACH.pack(id=area_id, flags=flags)
+    agent.ioctl(control, uapi.UMEM_DEV_REATTACH, bytes(arg))
 
 
-def reattach_as(uid: int, area_id: int, how: str = "plain") -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", REATTACH_AS, str(uid), str(area_id), how],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip()
+def test_only_the_creator_or_an_administrator_may_take_over(
+    agent: Agent, new_agent: Callable[..., Agent]
+) -> None:
+    """An area of root and one of a user; the user may open /dev/umem, who gave it does not matter.
 
+    The descriptor of /dev/umem is inherited: what counts is who calls.
+    """
+    with control() as fd:
+        user, other = (new_agent(uid=uid, pass_fds=[fd]) for uid in (4321, 1234))
+        administrator = new_agent(pass_fds=[fd])
+        with Area.create("of.root", PAGE) as roots:
+            for flags in (0, uapi.UMEM_REATTACH_FORCE):
+                with pytest.raises(AgentError) as caught:
+                    reattach(user, fd, roots.id, flags)
+                assert caught.value.errno == errno.EPERM
+            assert roots.info().server_pid == os.getpid()  # not fenced by the attempt
 
-def test_only_the_creator_or_an_administrator_may_take_over(agent: Agent) -> None:
-    with pytest.raises(DriverError):  # nothing there yet
-        Area.reattach(0)
-    area = Area.create("roots", 4 * PAGE)
-    fd = agent.open(area.node)
-    assert reattach_as(4321, area.id, "force") == str(errno.EPERM)
-    assert area.info().served  # not fenced by the attempt
-    area_id = area.id
-    area.close()
-    assert reattach_as(4321, area_id) == str(errno.EPERM)
-    assert reattach_as(0, area_id) == "attached roots"
-    agent.sys("close", fd)
-
-
-def test_the_creator_needs_no_privilege(agent: Agent) -> None:
-    """A user's area is taken over by the same user and by root, not by another user."""
-    made = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import os, time\n"
-            "from pyumem import uapi\n"
-            "fd = uapi.open_control()\n"
-            "os.setgid(4321); os.setuid(4321)\n"
-            "print(uapi.create(fd, 'users', 4096).id, flush=True)\n"
-            "time.sleep(1000)\n",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert made.stdout is not None
-        area_id = int(made.stdout.readline())
-        node = agent.open(f"/dev/umem{area_id}")
-        made.send_signal(signal.SIGKILL)
-        made.wait(LONG)
+        arg = uapi.CREATE.pack(size=PAGE, name=b"of.user")
+        user.ioctl(fd, uapi.UMEM_DEV_CREATE_UMEM, bytes(arg))
+        (known,) = areas()
+        assert (known.owner_uid, known.server_pid) == (4321, user.pid)
+        node = agent.open(f"/dev/umem{known.id}")  # root's; it keeps the area alive
+        with pytest.raises(AgentError) as caught:
+            reattach(other, fd, known.id, uapi.UMEM_REATTACH_FORCE)
+        assert caught.value.errno == errno.EPERM
+        user.kill()
+        user.wait()
         wait_until(lambda: not areas()[0].served, "the area has no server")
-        assert reattach_as(1234, area_id) == str(errno.EPERM)
-        assert reattach_as(4321, area_id) == "attached users"
-        assert reattach_as(0, area_id) == "attached users"
+        heir = new_agent(uid=4321, pass_fds=[fd])
+        for who, allowed in ((other, False), (heir, True)):
+            if allowed:
+                reattach(who, fd, known.id)
+            else:
+                with pytest.raises(AgentError) as caught:
+                    reattach(who, fd, known.id)
+                assert caught.value.errno == errno.EPERM
+        assert areas()[0].server_pid == heir.pid
+        reattach(administrator, fd, known.id, uapi.UMEM_REATTACH_FORCE)
+        assert areas()[0].server_pid == administrator.pid
         agent.sys("close", node)
-    finally:
-        made.kill()
-        made.communicate()
