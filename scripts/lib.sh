@@ -97,6 +97,14 @@ fetch_debs() {
 	)
 }
 
+# drop_debs PACKAGE...: what was unpacked need not be kept.
+drop_debs() {
+	local package
+	for package; do
+		rm -f "$(deb_of "$package")"
+	done
+}
+
 # deb_of PACKAGE: the newest fetched file of that package.
 deb_of() {
 	local newest

@@ -65,7 +65,7 @@ files=$(find "$stage" | wc -l)
 image=$BUILD/vm/root.img
 rm -f "$image.new"
 /usr/sbin/mke2fs -q -t ext4 -O '^has_journal,^metadata_csum,^64bit' -m 0 \
-	-N $((files + 1000)) -d "$stage" "$image.new" $((kib * 5 / 4 + 32768))k
+	-N $((files + 1000)) -d "$stage" "$image.new" $((kib * 5 / 4 + 32768))k >/dev/null
 mv "$image.new" "$image"
 rm -rf "$stage"
 touch "$STAMPS/vm-image"

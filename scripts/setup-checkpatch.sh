@@ -26,5 +26,5 @@ dpkg-deb --fsys-tarfile "$(deb_of linux-source-6.12)" 2>/dev/null |
 		linux-source-6.12/scripts/const_structs.checkpatch
 set -o pipefail
 [ -s "$BUILD/checkpatch/checkpatch.pl" ] || die "no checkpatch.pl in linux-source-6.12"
-rm -f "$(deb_of linux-source-6.12)"
+drop_debs linux-source-6.12
 touch "$STAMPS/checkpatch"

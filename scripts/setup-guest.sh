@@ -26,6 +26,7 @@ if ! stamp_fresh guest-kernel "$0" "$ROOT/scripts/extract-vmlinux.py"; then
 	"$ROOT/scripts/extract-vmlinux.py" \
 		"$dir/kernel/boot/vmlinuz-${image#linux-image-}" "$dir/vmlinux"
 	rm -rf "$dir/kernel"
+	drop_debs "$image"
 	touch "$STAMPS/guest-kernel"
 fi
 

@@ -58,6 +58,7 @@ ln -sfn "usr/src/$common" "$dir.new/common"
 ln -sfn "boot/vmlinuz-$release" "$dir.new/vmlinuz"
 depmod -b "$dir.new" "$release"
 
+drop_debs "$image" "$headers" "$common" "$kbuild"
 rm -rf "$dir"
 mv "$dir.new" "$dir"
 touch "$STAMPS/kernel-$line"

@@ -30,6 +30,8 @@ for package in "${packages[@]}"; do
 	dpkg-deb -x "$(deb_of "${package%%=*}")" "$dir.new"
 done
 
+drop_debs "${packages[@]%%=*}"
+
 # QEMU finds its modules and firmware relative to the place of its binary when
 # it was moved; the libraries it cannot.
 cat >"$dir.new/qemu-system-x86_64" <<'WRAPPER'
