@@ -69,7 +69,8 @@ class AsyncLink:
                 problem = f"no answer within {CONNECT_S:g} s"
                 sock.close()
             except OSError as e:
-                problem = e.strerror or str(e)
+                # asyncio's own text for it has no reason in it.
+                problem = os.strerror(e.errno) if e.errno else str(e)
                 sock.close()
             except BaseException:
                 sock.close()

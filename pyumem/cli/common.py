@@ -27,8 +27,8 @@ def token_option(function: _F) -> _F:
     return click.option(
         "--token-file",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="File with the secret that both hosts share.  Default: /etc/umem/token if it is there, "
-        "else no secret.",
+        help="File with the secret that both hosts share.  Default: /etc/umem/token if it is "
+        "there, else no secret.",
     )(function)
 
 

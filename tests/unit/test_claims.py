@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The claim map: every page has one sender, also among processes, also when one of them is killed."""
+"""The claim map: every page has one sender, also among processes and when one is killed."""
 
 from __future__ import annotations
 

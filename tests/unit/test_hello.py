@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,8 @@ json_values = st.recursive(
 @given(st.dictionaries(st.sampled_from(sorted(HELLO.to_json())), json_values))
 def test_any_json_is_read_or_refused(message: dict[str, Any]) -> None:
     for parse in (Hello.from_json, Challenge.from_json, AreaSpec.from_json):
-        try:
+        with contextlib.suppress(ProtocolError):
             parse({**HELLO.to_json(), **message})
-        except ProtocolError:
-            pass
 
 
 def test_the_mac_covers_everything() -> None:

@@ -86,7 +86,7 @@ def test_views_are_the_file(path: Path) -> None:
         assert told(ram, 0, 4) == "cczc"
 
 
-def test_a_device_has_no_holes(path: Path) -> None:
+def test_a_device_has_no_holes() -> None:
     """A node of the driver answers neither SEEK_DATA nor fstat's size."""
     with RamFile(os.open("/dev/zero", os.O_RDONLY), "ram0", 4 * PAGE_SIZE) as ram:
         assert list(ram.extents(1, 3)) == [(True, 1, 3)]
@@ -95,13 +95,13 @@ def test_a_device_has_no_holes(path: Path) -> None:
 
 def test_what_is_wrong_is_named(path: Path) -> None:
     make(path, "xx")
-    with pytest.raises(UmemError, match="ram7.*8192 bytes, QEMU says 12288"):
+    with pytest.raises(UmemError, match=r"ram7.*8192 bytes, QEMU says 12288"):
         RamFile.open(str(path), "ram7", 3 * PAGE_SIZE)
     with pytest.raises(UmemError, match="not whole pages"):
         RamFile.open(str(path), "ram7", PAGE_SIZE + 1)
     with pytest.raises(UmemError, match=r"ram7.*No such file"):
         RamFile.open("/dev/shm/none", "ram7", PAGE_SIZE)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(UmemError):
         RamFile.open(str(path), "ram7", 3 * PAGE_SIZE)
-    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor was left open"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, "a descriptor was left open"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""umemctl as a user meets it, without driver, daemon or VM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import pyumem
+from pyumem import checks
+from pyumem.cli.display import show_report
+from pyumem.cli.main import _COMMANDS, main
+from pyumem.report import Report, State
+
+Umemctl = Callable[..., Result]
+
+
+@pytest.fixture
+def umemctl(tmp_path: Path) -> Umemctl:
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(main, words, env={"UMEM_RUNTIME_DIR": str(tmp_path)})
+
+    return run
+
+
+def test_version(umemctl: Umemctl) -> None:
+    assert umemctl("--version").output.strip() == f"umemctl, version {pyumem.__version__}"
+
+
+def test_help_names_every_command_and_status(umemctl: Umemctl) -> None:
+    text = umemctl("--help").output
+    for name in _COMMANDS:
+        assert f"  {name} " in text
+    for word in ("Exit status:", "  4 ", "UMEM_RUNTIME_DIR", "_UMEMCTL_COMPLETE"):
+        assert word in text
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_each_command_has_help_with_an_example(umemctl: Umemctl, name: str) -> None:
+    result = umemctl(name, "--help")
+    assert result.exit_code == 0
+    assert f"umemctl {name}" in result.output and "Example" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "what"),
+    [
+        (["migrate", "tcp:a:1"], 5, "pre-copy is not there yet"),
+        (["migrate", "-p", "unix:/x", "--qmp", "/x"], 2, "only tcp: addresses"),
+        (["migrate", "-p", "tcp::1", "--qmp", "/x"], 2, "no host to connect to"),
+        (["migrate", "-p", "tcp:a:1"], 2, "which VM"),
+        (["migrate", "-p", "tcp:a:1", "--qmp", "/x", "--vm", "y"], 2, "exclude each other"),
+        (["migrate", "-p", "tcp:a:1", "--vm", "../y"], 2, "cannot be a VM's name"),
+        (["migrate", "-p", "tcp:a:1", "--qmp", "/nowhere"], 1, "/nowhere: No such file"),
+        (["migrate"], 2, "Missing argument"),
+        (["serve", "--token-file", "/nowhere"], 2, "no such file"),
+        (["background", "vm1"], 1, "vm1.sock"),
+        (["status"], 1, "no `umemctl serve` answers"),
+        (["list"], 1, "is umem.ko loaded?"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_are_a_line_and_a_status(
+    umemctl: Umemctl, words: list[str], status: int, what: str
+) -> None:
+    if words == ["list"] and Path("/dev/umem").exists():
+        pytest.skip("the driver is loaded")
+    result = umemctl(*words)
+    assert (result.exit_code, what in result.output) == (status, True), result.output
+    assert "Traceback" not in result.output
+
+
+def test_status_for_programs(umemctl: Umemctl) -> None:
+    result = umemctl("status", "--json")
+    assert json.loads(result.stdout) == {"serve": None, "migrations": []}
+    assert result.exit_code == 1
+
+
+def test_every_number_of_the_report_has_its_unit() -> None:
+    units = ("_ms", "_s", "_us", "_bytes")
+    for name, value in Report("vm1", "tcp:a:1", "0", State.COMPLETED).to_json().items():
+        if isinstance(value, int | float):
+            counted = name == "requests" or name.startswith(("pages_", "bytes_"))
+            assert counted or name.endswith(units), name
+
+
+def test_the_report_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("vm1", "tcp:a:1", "0", State.COMPLETED, downtime_ms=42.25, ram_bytes=1 << 28)
+    report.demand_latency_p50_us = 200.0
+    report.bytes_sent_by_lane = {"urgent-0": 1024, "control": 1024}
+    show_report(report)
+    text = capsys.readouterr().out
+    for word in ("42.2 ms", "256.0 MiB", "completed", "200 us / - / -", "2.0 KiB"):
+        assert word in text
+
+
+# --- check ---
+
+
+def test_check_names_the_fix(umemctl: Umemctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "DEVICE", "/dev/no-umem")
+    result = umemctl("check", "--qemu", "/nowhere/qemu", "--json")
+    assert result.exit_code == 3
+    told = json.loads(result.stdout)
+    by_name = {one["what"]: one for one in told["checks"]}
+    assert told["ok"] is False
+    assert by_name["driver"]["level"] == "bad" and "modprobe umem" in by_name["driver"]["fix"]
+    assert by_name["qemu"]["level"] == "bad" and "apt-get install" in by_name["qemu"]["fix"]
+    assert all(one["fix"] for one in told["checks"] if one["level"] != "ok")
+    text = umemctl("check", "--qemu", "/nowhere/qemu")
+    assert "fix: modprobe umem" in text.output and "not ready: driver, qemu" in text.output
+
+
+def test_check_asks_qemu(tmp_path: Path) -> None:
+    qemu = tmp_path / "qemu"
+    answers = (
+        '{"QMP": {}}',
+        '{"return": {}}',
+        '{"return": {"qemu": {"major": 7, "minor": 2, "micro": 1}}}',
+        '{"return": [{"capability": "x-ignore-shared", "state": false},'
+        '{"capability": "events", "state": false}%s]}',
+        '{"return": {}}',
+    )
+    for more, level in (
+        (',{"capability": "pause-before-switchover", "state": false}', checks.Level.OK),
+        ("", checks.Level.BAD),
+    ):
+        text = "\n".join(answers) % more
+        qemu.write_text(f"#!/bin/sh\ncat >/dev/null\ncat <<'E'\n{text}\nE\n")
+        qemu.chmod(0o755)
+        finding = checks.qemu(str(qemu))
+        assert finding.level is level and "7.2.1" in finding.text
+    qemu.write_text("#!/bin/sh\nexit 1\n")
+    assert "does not answer on QMP" in checks.qemu(str(qemu)).text

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Command lines as users write them, and what stock QEMU gets."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from pyumem.address import Address
+from pyumem.errors import UsageError
+from pyumem.qemu_cmdline import parse, parse_size, rewrite
+
+MIB = 1 << 20
+Q = "qemu-system-x86_64"
+BACKEND = "-object memory-backend-file,id=ram0,mem-path=/ram,share=on,size={size}"
+QMP = "-qmp unix:/qmp,server=on,wait=off"
+COME = "-postcopy -incoming tcp:0:4444"
+
+
+def rewritten(line: str) -> str:
+    wish = parse([Q, *shlex.split(line)])
+    return shlex.join(rewrite(wish, name="vm-1", mem_path="/ram", qmp_path="/qmp")[1:])
+
+
+@pytest.mark.parametrize(
+    ("line", "size", "kept", "added"),
+    [
+        ("", 128, "-machine memory-backend=ram0", "-name vm-1"),
+        ("-m 256M", 256, "-m 256M -machine memory-backend=ram0", "-name vm-1"),
+        ("-name a", 128, "-name a -machine memory-backend=ram0", ""),
+        ("-name guest=a,debug-threads=on", 128, None, ""),
+        ("-M q35", 128, "-M q35,memory-backend=ram0", "-name vm-1"),
+        ("-machine accel=kvm", 128, "-machine accel=kvm,memory-backend=ram0", "-name vm-1"),
+        ("--machine pc", 128, "-machine pc,memory-backend=ram0", "-name vm-1"),
+        ("-M pc -M accel=tcg", 128, "-M pc -M accel=tcg,memory-backend=ram0", "-name vm-1"),
+        ("-S", 128, "-machine memory-backend=ram0", "-name vm-1 -S"),
+        (
+            "-monitor stdio -accel kvm disk.img -smp 2",
+            128,
+            "-monitor stdio -accel kvm disk.img -smp 2 -machine memory-backend=ram0",
+            "-name vm-1",
+        ),
+        ("-append '-m 3 -S'", 128, "-append '-m 3 -S' -machine memory-backend=ram0", "-name vm-1"),
+        ("-usb -nographic x", 128, "-usb -nographic x -machine memory-backend=ram0", "-name vm-1"),
+        (
+            "-incoming tcp:0:1",
+            128,
+            "-incoming tcp:0:1 -machine memory-backend=ram0",
+            "-name vm-1",
+        ),
+    ],
+)
+def test_a_vm_of_our_own(line: str, size: int, kept: str | None, added: str) -> None:
+    if kept is None:
+        kept = f"{line} -machine memory-backend=ram0"
+    tail = f"{BACKEND.format(size=size * MIB)} {QMP} {added}"
+    assert rewritten(line) == f"{kept} {tail}".strip()
+
+
+@pytest.mark.parametrize(
+    ("line", "autostart", "host"),
+    [
+        (COME, True, ""),
+        (f"-S {COME}", False, ""),
+        ("--postcopy --incoming tcp:192.0.2.1:4444", True, "192.0.2.1"),
+        ("-incoming tcp:[::1]:4444 -postcopy -postcopy-flags 0", True, "::1"),
+        (f"{COME} -postcopy-flags 1", True, ""),
+    ],
+)
+def test_a_vm_that_is_expected(line: str, autostart: bool, host: str) -> None:
+    wish = parse([Q, "-m", "64M", *shlex.split(line)])
+    assert wish.postcopy_from == Address(host, 4444)
+    assert wish.autostart is autostart
+    assert wish.touch_pages is ("-postcopy-flags 1" in line)
+    assert rewritten(f"-m 64M {line}") == (
+        f"-m 64M -machine memory-backend=ram0 {BACKEND.format(size=64 * MIB)} {QMP} "
+        "-name vm-1 -incoming defer -S"
+    )
+
+
+def test_the_seeds_own_example() -> None:
+    line = "-postcopy -incoming tcp:0:4444 -monitor stdio -machine accel=kvm"
+    assert rewritten(line) == (
+        f"-monitor stdio -machine accel=kvm,memory-backend=ram0 {BACKEND.format(size=128 * MIB)} "
+        f"{QMP} -name vm-1 -incoming defer -S"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("256", 256 * MIB), ("256M", 256 * MIB), ("1G", 1 << 30), ("1g", 1 << 30)),
+        *(("1.5G", 3 << 29), ("262144k", 256 * MIB), ("1T", 1 << 40)),
+        *(("65536b", 65536), ("65537b", 131072)),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        *(("-m 512", 512), ("-m size=512M,slots=4,maxmem=4G", 512), ("-m 512M,slots=2", 512)),
+        *(("-m slots=2,maxmem=4G", 128), ("-m 1G -m 512M", 512), ("-m 1G -m slots=1", 1024)),
+    ],
+)
+def test_memory_options(options: str, size: int) -> None:
+    assert parse([Q, *options.split()]).size == size * MIB
+
+
+def test_commas_in_paths_are_doubled() -> None:
+    argv = rewrite(parse([Q]), name="n", mem_path="/a,b", qmp_path="/c,d")
+    assert any("mem-path=/a,,b,share=on" in word for word in argv)
+    assert "unix:/c,,d,server=on,wait=off" in argv
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("-m", "argument is missing"),
+        ("-m 0", "needs RAM"),
+        ("-m lots", "not a size"),
+        ("-m -5", "not a size"),
+        ("-postcopy", "needs -incoming"),
+        ("-postcopy-flags 1", "needs -incoming"),
+        ("-postcopy-flags 1 -incoming tcp:0:1", "needs -postcopy"),
+        (f"{COME} -postcopy-flags 2", "0 and 1 are known"),
+        ("-postcopy -incoming defer", "tcp:HOST:PORT"),
+        ("-postcopy -incoming unix:/x", "tcp:HOST:PORT"),
+        ("-object memory-backend-ram,id=m,size=1G", "RAM belongs to umem-qemu"),
+        ("-object memory-backend-file,id=m,size=1G,mem-path=/x", "memory-backend-file,share=on"),
+        ('-object {"qom-type":"memory-backend-ram","id":"m"}', "RAM belongs to umem-qemu"),
+        ("-machine pc,memory-backend=m", "RAM belongs to umem-qemu"),
+        ("-mem-path /dev/hugepages", "RAM belongs to umem-qemu"),
+        ("-numa node,memdev=m", "one RAM block only"),
+        ("-numa node,mem=1G", "one RAM block only"),
+        ("-daemonize", "stays with its QEMU"),
+        (f"-mem-prealloc {COME}", "wait for every page"),
+        (f"-overcommit mem-lock=on {COME}", "wait for every page"),
+        (f"-loadvm x {COME}", "exclude each other"),
+        ("-name ../x", "allowed here"),
+        ("-name guest=a/b", "allowed here"),
+        (f"-name {'x' * 64}", "allowed here"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(line: str, what: str) -> None:
+    argv = [Q, *(line.split(" ") if "{" in line else shlex.split(line))]
+    with pytest.raises(UsageError, match=what):
+        parse(argv)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-object rng-random,id=r,filename=/dev/urandom",
+        "-numa node,cpus=0-1",
+        "-mem-prealloc",
+        "-overcommit mem-lock=on",
+        f"-overcommit mem-lock=off {COME}",
+        "-overcommit cpu-pm=on",
+    ],
+)
+def test_what_is_none_of_our_business_stays(line: str) -> None:
+    assert rewritten(line).startswith(line.removesuffix(COME).strip())
+
+
+def test_no_binary() -> None:
+    with pytest.raises(UsageError, match="which QEMU"):
+        parse([])
