@@ -300,6 +300,15 @@ class Agent:
         """Is the whole page filled with this word?"""
         return self.do("same", base + pgoff * PAGE, WORDS, word)[0] == WORDS
 
+    def touch_all(self, base: int, pages: Iterable[int]) -> list[Pending]:
+        """Touch missing pages from slots 1, 2, ...: the next when the one before sleeps."""
+        pending = []
+        for slot, page in enumerate(pages, 1):
+            tid = self.tid(slot)
+            pending.append(self.touch(base, page, slot))
+            self.wait_asleep(tid)
+        return pending
+
     # --- looking at it from outside ---
 
     def tid(self, slot: int) -> int:

@@ -29,6 +29,7 @@ from .support import (
 )
 
 UINT64_MAX = (1 << 64) - 1
+MEMORY = os.sysconf("SC_PHYS_PAGES") * PAGE
 
 
 def refused(number: int, arg: bytearray | int, expected: int) -> None:
@@ -151,7 +152,7 @@ def test_names_are_unique_among_those_alive(area: Area) -> None:
         {"size": UINT64_MAX},  # rounding it up would wrap to zero
         {"size": UINT64_MAX - PAGE + 2},
         {"size": 1 << 63},
-        {"size": (16384 << 30) + 1},  # the module's default limit
+        {"size": 4 * MEMORY + PAGE},  # the module's default limit
         {"flags": 1},
         {"flags": 1 << 31},
         {"granule_size": 1},
@@ -176,7 +177,7 @@ def test_create_takes_the_page_as_granule() -> None:
 
 def test_an_area_may_be_larger_than_the_memory(agent: Agent) -> None:
     """Only what is filled takes memory."""
-    with Area.create("huge", 1 << 36) as area:
+    with Area.create("huge", 3 * MEMORY) as area:
         last = area.npages - 1
         assert os.fstat(area.shmem_fd).st_blocks == 0
         base = agent.map_node(area)
@@ -307,6 +308,26 @@ def test_unknown_ioctls(area: Area, number: int) -> None:
     with pytest.raises(OSError) as caught:
         fcntl.ioctl(area.server_fd, number, bytearray(256))
     assert caught.value.errno == errno.ENOTTY
+
+
+def test_too_many_areas(new_area: Callable[[int], Area]) -> None:
+    """ENOSPC at the module's limit, for both kinds; what was closed makes room again."""
+    limit = Path("/sys/module/umem/parameters/max_areas")
+    before = limit.read_text()
+    made = [new_area(1), new_area(1)]
+    limit.write_text("3")
+    try:
+        made.append(new_area(1))
+        with control() as fd:
+            for call in (lambda: uapi.create(fd, "one", PAGE), lambda: uapi.init(fd, PAGE)):
+                with pytest.raises(DriverError) as caught:
+                    call()
+                assert caught.value.errno == errno.ENOSPC
+            assert len(areas()) == 3
+            made[0].close()
+            os.close(uapi.init(fd, PAGE).shmem_fd)
+    finally:
+        limit.write_text(before)
 
 
 def test_the_node_is_the_consumers_end_only(area: Area) -> None:

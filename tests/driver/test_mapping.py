@@ -131,13 +131,16 @@ def test_moved_in_part_while_somebody_waits(area: Area, agent: Agent, base: int)
 
 
 def test_duplicated_by_mremap(area: Area, agent: Agent, base: int) -> None:
-    """An old size of zero makes a second mapping of the same pages."""
-    second = agent.sys("mremap", base, 0, area.size, MREMAP_MAYMOVE)
-    assert second != base
+    """An old size of zero asks for a second mapping of the same pages."""
+    try:
+        second = agent.sys("mremap", base, 0, area.size, MREMAP_MAYMOVE)
+    except AgentError as e:  # a driver may refuse it, it must not do it wrongly
+        assert e.errno in (errno.EFAULT, errno.EINVAL)
+        expect_served(area, agent, base, 0)
+        return
     expect_served(area, agent, second + 7 * PAGE, 7)
     assert agent.word(base, 7) == content(7)
     agent.sys("munmap", base, area.size)
-    expect_served(area, agent, second + 8 * PAGE, 8)
     assert area.info().mapped
     agent.sys("munmap", second, area.size)
     assert not area.info().mapped
@@ -336,21 +339,30 @@ def test_mapped_over_itself_and_over_something_else(area: Area, agent: Agent, ba
     expect_served(area, agent, base + PAGE, 1)
 
 
-def test_faults_map_cached_neighbours_and_only_them(area: Area, agent: Agent, base: int) -> None:
-    """Trap 2: fault-around must save faults, and must not let a missing page in."""
-    cached = [page for page in range(NPAGES) if page not in (7, 8, 31, 50)]
-    fill(area, 0, NPAGES)  # the missing ones too: their content must not be seen before the mark
-    area.mark((page, 1) for page in cached)
+@pytest.mark.parametrize("holes", [(), (7, 8, 31, 50)])
+def test_faults_map_cached_neighbours_and_never_missing_ones(
+    new_area: Callable[[int], Area], agent: Agent, holes: tuple[int, ...]
+) -> None:
+    """Trap 2: fault-around must not let a missing page in, and must save faults otherwise.
+
+    The first 2 MiB are cached but for the holes; the rest is missing.
+    """
+    area = new_area(1024)
+    align = 512 * PAGE
+    base = agent.map_node(area, addr=agent.reserve(1024, align))
+    fill(area, 0, 1024)  # the missing ones too: their content must not be seen before the mark
+    area.mark((page, 1) for page in range(512) if page not in holes)
     # A first fault, far from the others, for the page table itself.
-    assert agent.word(base, 63) == content(63)
+    assert agent.word(base, 511) == content(511)
     tid = agent.tid(0)
     before = int(agent.stat(tid, 10))  # minor faults of that thread
-    for page in cached:
+    touched = [page for page in range(64) if page not in holes]
+    for page in touched:
         assert agent.word(base, page) == content(page)
     faults = int(agent.stat(tid, 10)) - before
-    assert faults < len(cached) // 2, f"{faults} faults for {len(cached)} cached pages"
+    assert holes or faults < len(touched) // 2, f"{faults} faults for {len(touched)} pages"
     no_request(area, within=0.02)
-    for page in (8, 31, 7, 50):
+    for page in (*holes, 512, 600):
         expect_served(area, agent, base + page * PAGE, page)
 
 

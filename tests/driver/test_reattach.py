@@ -39,8 +39,7 @@ from .support import (
 
 def waiters(agent: Agent, area: Area, pages: list[int]) -> list[Callable[[], int]]:
     base = agent.map_node(area)
-    pending = [agent.touch(base, page, slot) for slot, page in enumerate(pages, 1)]
-    return [p.value for p in pending]
+    return [p.value for p in agent.touch_all(base, pages)]
 
 
 def test_requests_outlive_their_server(area: Area, agent: Agent) -> None:
@@ -102,14 +101,18 @@ def test_server_killed_with_waiters(agent: Agent) -> None:
     area_id = int(server.stdout.readline())
     fd = agent.open(f"/dev/umem{area_id}")
     base = agent.mmap(fd, 64)
-    pending = [agent.touch(base, page, slot=page) for page in range(1, 17)]
+    pending = agent.touch_all(base, range(1, 17))
     seen: set[int] = set()
     while len(seen) < 16:
         seen.update(map(int, server.stdout.readline().split()))
     server.kill()
     server.communicate()
     wait_until(lambda: not areas()[0].served, "the area has no server")
-    more = [agent.touch(base, page, slot=page) for page in range(20, 24)]
+    more = []
+    for page in range(20, 24):
+        tid = agent.tid(page)
+        more.append(agent.touch(base, page, slot=page))
+        agent.wait_asleep(tid)
     with Area.reattach(area_id) as successor:
         assert set(take_pages(successor, 20)) == set(range(1, 17)) | set(range(20, 24))
         serve(successor, 0, 64)

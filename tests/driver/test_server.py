@@ -26,7 +26,6 @@ from .support import (
     PAGE,
     SHORT,
     Agent,
-    Pending,
     content,
     fill,
     no_request,
@@ -38,16 +37,6 @@ from .support import (
 )
 
 UINT64_MAX = (1 << 64) - 1
-
-
-def touch_in_order(agent: Agent, base: int, pages: list[int]) -> list[Pending]:
-    """Touch pages from one thread each, the next when the one before sleeps in its fault."""
-    pending = []
-    for slot, page in enumerate(pages, 1):
-        tid = agent.tid(slot)
-        pending.append(agent.touch(base, page, slot))
-        agent.wait_asleep(tid)
-    return pending
 
 
 def test_a_missing_page_is_waited_for(area: Area, agent: Agent) -> None:
@@ -84,7 +73,7 @@ def test_marked_ahead_of_time_is_never_asked_for(area: Area, agent: Agent) -> No
 
 def test_a_page_is_queued_once_however_many_want_it(area: Area, agent: Agent) -> None:
     base = agent.map_node(area)
-    pending = touch_in_order(agent, base, [5] * 8)
+    pending = agent.touch_all(base, [5] * 8)
     assert take_pages(area, 1) == [5]
     no_request(area)
     serve(area, 5)
@@ -96,7 +85,7 @@ def test_only_who_waits_for_the_marked_page_is_woken(area: Area, agent: Agent) -
     """Pages 1 and 65 would share a bucket of 64; nobody else's thread even runs."""
     pages = [1, 2, 3, 33, 63, 0]
     base = agent.map_node(area)
-    pending = touch_in_order(agent, base, pages)
+    pending = agent.touch_all(base, pages)
     tids = {page: agent.tid(slot) for slot, page in enumerate(pages, 1)}
     take(area, len(pages))
     switches = {page: agent.switches(tid) for page, tid in tids.items()}
@@ -113,7 +102,7 @@ def test_a_range_wakes_everybody_in_it(new_area: Callable[[int], Area], agent: A
     area = new_area(300)
     base = agent.map_node(area)
     pages = [9, 10, 73, 138, 209, 210]
-    pending = touch_in_order(agent, base, pages)
+    pending = agent.touch_all(base, pages)
     take(area, len(pages))
     fill(area, 10, 200)
     assert area.mark([(10, 200)]) == 200
@@ -132,7 +121,7 @@ def test_a_range_wakes_everybody_in_it(new_area: Callable[[int], Area], agent: A
 def test_requests_come_in_the_order_of_the_faults(area: Area, agent: Agent, how: str) -> None:
     order = [40, 3, 63, 0, 17, 18, 16, 5]
     base = agent.map_node(area)
-    pending = touch_in_order(agent, base, order)
+    pending = agent.touch_all(base, order)
     if how == "get":
         assert take_pages(area, len(order)) == order
     else:
@@ -148,7 +137,7 @@ def test_requests_come_in_the_order_of_the_faults(area: Area, agent: Agent, how:
 def test_small_rooms_get_all_in_order(area: Area, agent: Agent) -> None:
     order = [4, 2, 8, 6]
     base = agent.map_node(area)
-    touch_in_order(agent, base, order)
+    agent.touch_all(base, order)
     area.set_blocking(False)
     one = uapi.RequestBuffer(1)
     assert [one.get(area.server_fd)[0] for _ in order] == order
@@ -178,7 +167,7 @@ def test_a_sleeping_poll_wakes(area: Area, agent: Agent) -> None:
 
 def test_a_request_that_was_marked_meanwhile_is_not_delivered(area: Area, agent: Agent) -> None:
     base = agent.map_node(area)
-    pending = touch_in_order(agent, base, [1, 2, 3])
+    pending = agent.touch_all(base, [1, 2, 3])
     serve(area, 1)
     serve(area, 3)
     assert take_pages(area, 1) == [2]
@@ -243,7 +232,7 @@ def test_requests_that_cannot_be_handed_over_come_again(area: Area, agent: Agent
     """EFAULT of a bad buffer loses nothing, whichever way it is asked."""
     order = [11, 5, 29, 2]
     base = agent.map_node(area)
-    pending = touch_in_order(agent, base, order)
+    pending = agent.touch_all(base, order)
     area.set_blocking(False)
     arg = uapi.PAGE_REQUESTS.pack(requests=8, nr=4)
     with pytest.raises(OSError) as caught:
@@ -261,7 +250,7 @@ def test_a_buffer_that_ends_in_the_middle(
     """Two records fit before the fault: they are delivered, the others come again."""
     order = [11, 5, 29, 2]
     base = agent.map_node(area)
-    touch_in_order(agent, base, order)
+    agent.touch_all(base, order)
     area.set_blocking(False)
     server = new_agent(pass_fds=[area.server_fd])
     room = server.reserve(2)
@@ -281,7 +270,7 @@ def test_requests_survive_an_argument_that_is_read_only(
 ) -> None:
     """The count cannot be told, so nothing was delivered: EFAULT, and they come again."""
     base = agent.map_node(area)
-    touch_in_order(agent, base, [6, 4])
+    agent.touch_all(base, [6, 4])
     area.set_blocking(False)
     server = new_agent(pass_fds=[area.server_fd])
     (room,) = server.do("alloc", 4096)
@@ -348,7 +337,7 @@ def test_ranges_that_are_refused_mark_nothing(
 ) -> None:
     """Nor do the good ranges around a bad one: all or none."""
     base = agent.map_node(area)
-    (pending,) = touch_in_order(agent, base, [2])
+    (pending,) = agent.touch_all(base, [2])
     for ranges in ([bad], [(2, 1), bad], [bad, (2, 1)], [(0, 64), bad, (0, 1)]):
         marks = uapi.MarkBuffer()
         for pgoff, count in ranges:
@@ -410,7 +399,7 @@ def test_many_ranges_in_one_call(new_area: Callable[[int], Area]) -> None:
 
 def test_write_marks_like_the_ioctl(area: Area, agent: Agent) -> None:
     base = agent.map_node(area)
-    pending = touch_in_order(agent, base, [50, 51])
+    pending = agent.touch_all(base, [50, 51])
     fill(area, 50, 2)
     assert os.write(area.server_fd, struct.pack("=4Q", 51, 50, 51, 20)) == 32
     assert [p.value() for p in pending] == [content(50), content(51)]
@@ -432,7 +421,7 @@ def test_write_marks_like_the_ioctl(area: Area, agent: Agent) -> None:
 
 def test_counts_of_the_info(area: Area, agent: Agent) -> None:
     base = agent.map_node(area)
-    touch_in_order(agent, base, [1, 2])
+    agent.touch_all(base, [1, 2])
     assert area.info().nr_delivered == 0
     take(area, 2)
     known = area.info()
