@@ -174,7 +174,7 @@ def migrate(spec: GuestSpec, link: Link, flags: tuple[str, ...], logs: Path) -> 
         stack.enter_context(running(source, argv, logs / "source-qemu.log"))
         at_source = stack.enter_context(GuestConsole(serial))
         at_source.connected(timeout=60)
-        at_source.wait("ready", timeout=90 * slow)
+        at_source.wait("ready", timeout=spec.boot_timeout)
         at_source.wait("verify", timeout=60 * slow)
         at_source.send(f"beat {BEAT_MS}")
 

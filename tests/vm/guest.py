@@ -48,6 +48,15 @@ class GuestSpec:
     extra: tuple[str, ...] = ()
     """More QEMU arguments."""
 
+    @property
+    def boot_timeout(self) -> float:
+        """Seconds after which a guest that is not `ready` never will be.
+
+        TCG inside an emulated machine is emulation twice over: 40 s when the
+        host has nothing else to do, minutes when it has.
+        """
+        return 300.0 if self.accel == "tcg" else 90.0
+
     def command_line(self) -> str:
         """Return the guest's kernel command line."""
         return (

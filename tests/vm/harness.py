@@ -200,6 +200,11 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
         argv += ["--rwdir", str(BUILD)]
     if not accel_kvm:
         argv += ["--disable-kvm"]
+        # Emulated TSCs agree, but the kernel does not believe it and would read
+        # the HPET instead: every look at the clock then is an exit under QEMU's
+        # big lock, and on a busy host the timer interrupts eat all there is.
+        for option in ("tsc=reliable", "clocksource=tsc", "no_timer_check"):
+            argv += ["--kopt", option]
     for option in (
         "loglevel=8",
         "ignore_loglevel",
