@@ -87,17 +87,23 @@ def wait_for_node(area_id: int, timeout: float, *, access: int = os.R_OK | os.W_
     `access`, ENODEV when something else is in its place.
     """
     path = node_path(area_id)
+    problem = _state(path, access)
+    if not problem:
+        return Path(path)
     deadline = time.monotonic() + timeout
     source = "udev" if UDEV_CONTROL.exists() else "kernel"
     monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
-    monitor.filter_by(SUBSYSTEM)
-    # Listen first, look then: an event between the two is not lost.
-    monitor.start()
-    while problem := _state(path, access):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise DriverError(
-                f"no usable {path} after {timeout:g} s", problem, area=f"umem{area_id}"
-            )
-        monitor.poll(timeout=min(left, _SLICE))
-    return Path(path)
+    try:
+        monitor.filter_by(SUBSYSTEM)
+        # Listen first, look then: an event between the two is not lost.
+        monitor.start()
+        while problem := _state(path, access):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                what = f"no usable {path} after {timeout:g} s"
+                raise DriverError(what, problem, area=f"umem{area_id}")
+            monitor.poll(timeout=min(left, _SLICE))
+        return Path(path)
+    finally:
+        # Its socket is closed with the last reference, and a traceback would keep this one.
+        del monitor

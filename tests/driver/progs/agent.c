@@ -203,6 +203,14 @@ static int run(char *text, char *out, size_t room)
 	}
 	if (!strcmp(name, "forkexpect"))
 		return snprintf(out, room, "ok %d", fork_expect(a[0], a[1]));
+	if (!strcmp(name, "forkhold")) {
+		/* A child that has what we have mapped, until it is killed. */
+		pid_t pid = fork();
+
+		while (!pid)
+			pause();
+		return snprintf(out, room, "ok %d", pid);
+	}
 	if (!strcmp(name, "waitpid")) {
 		int status;
 

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * kvm_touch NODE NPAGES irqchip|plain: a virtual machine of a few instructions
+ * whose memory is an area.  Its processor, in real mode, reads the first word of
+ * one page after the other and writes it to an I/O port; each is checked here
+ * and told on stdout.
+ *
+ * With an interrupt controller in the kernel and interrupts enabled, KVM does not
+ * wait for a missing page itself: it asks with FAULT_FLAG_RETRY_NOWAIT, halts the
+ * processor, and has a kernel thread wait.  Without one the processor's thread
+ * waits in the fault.
+ */
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#define PAGE 4096UL
+#define CODE 0x1000
+#define AREA 0x20000
+#define MOST 128	/* pages, up to the end of what real mode reaches easily */
+
+static const uint8_t code[] = {
+	0xFB,				/* sti */
+	0xBB, AREA >> 4 & 0xFF, AREA >> 12,	/* mov bx, AREA >> 4 */
+	0x8E, 0xDB,			/* next: mov ds, bx */
+	0x66, 0xA1, 0x00, 0x00,		/* mov eax, [0] */
+	0x66, 0xE7, 0x10,		/* out 0x10, eax */
+	0x81, 0xC3, 0x00, 0x01,		/* add bx, PAGE >> 4 */
+	0xEB, 0xF1,			/* jmp next */
+};
+
+static int call(int fd, unsigned long number, void *arg, const char *what)
+{
+	int ret = ioctl(fd, number, arg);
+
+	if (ret < 0) {
+		perror(what);
+		exit(2);
+	}
+	return ret;
+}
+
+int main(int argc, char **argv)
+{
+	struct kvm_userspace_memory_region region = { 0 };
+	struct kvm_sregs sregs;
+	struct kvm_regs regs = { .rip = CODE, .rflags = 2 };
+	unsigned long npages, page;
+	int node, kvm, vm, cpu, bad = 0;
+	struct kvm_run *run;
+	void *low, *area;
+
+	if (argc != 4)
+		return 2;
+	npages = strtoul(argv[2], NULL, 0);
+	if (npages > MOST)
+		return 2;
+	node = open(argv[1], O_RDWR);
+	area = mmap(NULL, npages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, node, 0);
+	low = mmap(NULL, AREA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	kvm = open("/dev/kvm", O_RDWR);
+	if (node < 0 || area == MAP_FAILED || low == MAP_FAILED || kvm < 0) {
+		perror("setup");
+		return 2;
+	}
+	memcpy((char *)low + CODE, code, sizeof(code));
+
+	vm = call(kvm, KVM_CREATE_VM, NULL, "KVM_CREATE_VM");
+	if (!strcmp(argv[3], "irqchip"))
+		call(vm, KVM_CREATE_IRQCHIP, NULL, "KVM_CREATE_IRQCHIP");
+	region.memory_size = AREA;
+	region.userspace_addr = (uintptr_t)low;
+	call(vm, KVM_SET_USER_MEMORY_REGION, &region, "low memory");
+	region.slot = 1;
+	region.guest_phys_addr = AREA;
+	region.memory_size = npages * PAGE;
+	region.userspace_addr = (uintptr_t)area;
+	call(vm, KVM_SET_USER_MEMORY_REGION, &region, "area");
+
+	cpu = call(vm, KVM_CREATE_VCPU, NULL, "KVM_CREATE_VCPU");
+	run = mmap(NULL, call(kvm, KVM_GET_VCPU_MMAP_SIZE, NULL, "size"),
+		   PROT_READ | PROT_WRITE, MAP_SHARED, cpu, 0);
+	if (run == MAP_FAILED)
+		return 2;
+	call(cpu, KVM_GET_SREGS, &sregs, "KVM_GET_SREGS");
+	sregs.cs.base = 0;
+	sregs.cs.selector = 0;
+	call(cpu, KVM_SET_SREGS, &sregs, "KVM_SET_SREGS");
+	call(cpu, KVM_SET_REGS, &regs, "KVM_SET_REGS");
+
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	printf("running\n");
+	for (page = 0; page < npages; page++) {
+		uint32_t got, expected = (page + 1) * 0x9E3779B97F4A7C15UL;
+
+		call(cpu, KVM_RUN, NULL, "KVM_RUN");
+		if (run->exit_reason != KVM_EXIT_IO) {
+			fprintf(stderr, "exit reason %u\n", run->exit_reason);
+			return 2;
+		}
+		memcpy(&got, (char *)run + run->io.data_offset, 4);
+		printf("%lu %s\n", page, got == expected ? "good" : "bad");
+		bad |= got != expected;
+	}
+	return bad;
+}
