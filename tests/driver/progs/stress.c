@@ -1,0 +1,536 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * stress SECONDS SEED: everything that may happen to an area, at once.
+ *
+ * Rounds follow each other until the time is over.  In each an area of some size is
+ * created; a few consumer processes map it and, in several threads, read and
+ * check pages, count in them, map and unmap pieces, move them, drop and discard
+ * pages, fork; some are killed in the middle.  Lanes, threads of this process,
+ * serve it: one answers requests, the others fill ahead of time, and they mark
+ * ranges that overlap.  Now and then all lanes are replaced by re-attaching.
+ *
+ * What is checked: a page never reads as anything but its content, or zero where it
+ * was discarded; every increment is there at the end; nobody gets a signal that it
+ * should not; everybody ends; every area goes away.
+ *
+ * The same seed gives the same choices, not the same interleaving.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/umem.h>
+
+#define PAGE 4096UL
+#define WORDS (PAGE / 8)
+#define MAX_PAGES 1200
+#define NR_CONSUMERS 3
+#define NR_THREADS 3
+#define NR_LANES 3
+#define COUNTER 7	/* the word of a page in which consumers count */
+
+/* What consumers and the server share. */
+struct shared {
+	volatile int stop;
+	unsigned long bad;
+	unsigned long ops;
+	/* Increments that were made, by page; counted before they are made. */
+	unsigned long counted[MAX_PAGES];
+};
+
+static struct shared *shared;
+static int control;
+
+/* The area of this round. */
+static struct {
+	unsigned long npages;
+	unsigned long discards_from;	/* pages from here on may be discarded */
+	uint32_t id;
+	char node[32];
+	int server_fd;
+	int keep;			/* keeps it alive without server and consumers */
+	uint64_t *backing;
+	uint8_t state[MAX_PAGES];	/* FREE, CLAIMED, MARKED */
+	pthread_mutex_t claim;
+	volatile int lanes_stop;
+} area;
+
+enum { FREE, CLAIMED, MARKED };
+
+static unsigned long nr_rounds, nr_killed, nr_reattached, nr_requests;
+
+static void die(const char *what)
+{
+	fprintf(stderr, "stress: %s: %s\n", what, strerror(errno));
+	fflush(stderr);
+	_exit(2);
+}
+
+static void complain(const char *what, unsigned long page, uint64_t got)
+{
+	if (__atomic_add_fetch(&shared->bad, 1, __ATOMIC_RELAXED) < 20)
+		fprintf(stderr, "stress: round %lu: %s: page %lu of %lu: got %lx\n", nr_rounds,
+			what, page, area.npages, got);
+}
+
+static uint64_t content(unsigned long page)
+{
+	return (page + 1) * 0x9E3779B97F4A7C15UL ^ area.id;
+}
+
+static unsigned int roll(unsigned int *state, unsigned int sides)
+{
+	return rand_r(state) % sides;
+}
+
+/* ---- lanes: threads of the server ---- */
+
+static void fill(unsigned long page)
+{
+	uint64_t *words = area.backing + page * WORDS;
+
+	for (unsigned long n = 0; n < WORDS; n++)
+		words[n] = n == COUNTER ? 0 : content(page);
+}
+
+static bool mark(unsigned long start, unsigned long count)
+{
+	struct umem_page_range range = { start, count };
+	struct umem_mark_cached arg = { .ranges = (uintptr_t)&range, .nr = 1 };
+
+	if (!ioctl(area.server_fd, UMEM_MARK_PAGE_CACHED, &arg)) {
+		for (unsigned long page = start; page < start + count; page++)
+			__atomic_store_n(&area.state[page], MARKED, __ATOMIC_RELEASE);
+		return true;
+	}
+	if (errno != ENODEV)
+		die("mark");
+	return false;
+}
+
+/*
+ * Fill what nobody has claimed yet of a range, and mark what is filled of it: what
+ * another lane marked before is marked again, what another lane has in its hands is
+ * left to it.  Returns false when this server was fenced.
+ */
+static bool serve_range(unsigned long start, unsigned long count)
+{
+	uint8_t mine[MAX_PAGES];
+
+	pthread_mutex_lock(&area.claim);
+	for (unsigned long n = 0; n < count; n++) {
+		mine[n] = area.state[start + n] == FREE;
+		if (mine[n])
+			area.state[start + n] = CLAIMED;
+	}
+	pthread_mutex_unlock(&area.claim);
+	for (unsigned long n = 0; n < count; n++)
+		if (mine[n])
+			fill(start + n);
+	/* A range in one mark where all of it is filled, overlapping what is marked. */
+	for (unsigned long n = 0, run; n < count; n += run + 1) {
+		for (run = 0; n + run < count; run++)
+			if (!mine[n + run] && __atomic_load_n(&area.state[start + n + run],
+							      __ATOMIC_ACQUIRE) != MARKED)
+				break;
+		if (run && !mark(start + n, run))
+			return false;
+	}
+	return true;
+}
+
+static void *request_lane(void *arg)
+{
+	struct umem_page_request requests[16];
+
+	(void)arg;
+	while (!area.lanes_stop) {
+		struct umem_page_requests get = { .requests = (uintptr_t)requests, .nr = 16 };
+		struct pollfd poller = { area.server_fd, POLLIN, 0 };
+
+		if (poll(&poller, 1, 20) <= 0)
+			continue;
+		if (ioctl(area.server_fd, UMEM_GET_PAGE_REQUEST, &get)) {
+			if (errno == ENODEV)
+				return NULL;
+			if (errno == EAGAIN || errno == EINTR)
+				continue;
+			die("get");
+		}
+		__atomic_add_fetch(&nr_requests, get.nr, __ATOMIC_RELAXED);
+		for (unsigned int n = 0; n < get.nr; n++)
+			if (requests[n].pgoff >= area.npages)
+				complain("request past the end", requests[n].pgoff, 0);
+			else if (!serve_range(requests[n].pgoff, 1))
+				return NULL;
+	}
+	return NULL;
+}
+
+static void *background_lane(void *arg)
+{
+	unsigned int state = (uintptr_t)arg;
+
+	while (!area.lanes_stop) {
+		unsigned long start = roll(&state, area.npages);
+		unsigned long most = area.npages - start;
+
+		if (!serve_range(start, 1 + roll(&state, most < 40 ? most : 40)))
+			return NULL;
+		usleep(roll(&state, 3000));
+	}
+	return NULL;
+}
+
+static pthread_t lanes[NR_LANES];
+
+static void start_lanes(unsigned int *state)
+{
+	area.lanes_stop = 0;
+	for (int n = 0; n < NR_LANES; n++)
+		if (pthread_create(&lanes[n], NULL, n ? background_lane : request_lane,
+				   (void *)(uintptr_t)rand_r(state)))
+			die("pthread_create");
+}
+
+static void join_lanes(void)
+{
+	area.lanes_stop = 1;
+	for (int n = 0; n < NR_LANES; n++)
+		pthread_join(lanes[n], NULL);
+	/* What a lane had in its hands is for its successor. */
+	for (unsigned long page = 0; page < area.npages; page++)
+		if (area.state[page] == CLAIMED)
+			area.state[page] = FREE;
+}
+
+/* Replace the server: after its death, or over its head. */
+static void reattach(unsigned int *state)
+{
+	struct umem_reattach arg = { .id = area.id };
+	int old = area.server_fd;
+	bool force = roll(state, 2);
+
+	if (force) {
+		arg.flags = UMEM_REATTACH_FORCE;
+	} else {
+		join_lanes();
+		close(old);
+		usleep(roll(state, 5000));
+	}
+	if (ioctl(control, UMEM_DEV_REATTACH, &arg))
+		die("reattach");
+	close(arg.shmem_fd);
+	if (fcntl(arg.server_fd, F_SETFL, O_NONBLOCK))
+		die("fcntl");
+	if (force) {
+		/* The old lanes find out by themselves, or are asked. */
+		join_lanes();
+		close(old);
+	}
+	area.server_fd = arg.server_fd;
+	start_lanes(state);
+	nr_reattached++;
+}
+
+/* ---- consumers: threads of other processes ---- */
+
+static uint64_t *consumer_base;
+static int consumer_fd;
+
+static void on_fault(int sig, siginfo_t *info, void *context)
+{
+	(void)context;
+	complain(sig == SIGBUS ? "SIGBUS" : "SIGSEGV",
+		 ((uint64_t *)info->si_addr - consumer_base) / (long)WORDS, 0);
+	_exit(3);
+}
+
+static void check_page(uint64_t *words, unsigned long page, unsigned int *state)
+{
+	unsigned long n = roll(state, WORDS);
+	uint64_t got;
+
+	if (n == COUNTER)
+		n++;
+	got = *(volatile uint64_t *)&words[n];
+	if (got != content(page) && !(got == 0 && page >= area.discards_from))
+		complain("content", page, got);
+}
+
+static void in_a_child(unsigned int *state, unsigned long page)
+{
+	pid_t pid = fork();
+
+	if (pid < 0)
+		return;
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		check_page(consumer_base + page * WORDS, page, state);
+		_exit(0);
+	}
+	if (!roll(state, 2)) {
+		usleep(roll(state, 2000));
+		kill(pid, SIGKILL);
+	}
+	waitpid(pid, NULL, 0);
+}
+
+/* A mapping of its own, of which only this thread knows, and what can be done to it. */
+static void with_a_mapping(unsigned int *state)
+{
+	unsigned long start = roll(state, area.npages);
+	unsigned long count = 1 + roll(state, area.npages - start), n;
+	uint64_t *map = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, consumer_fd,
+			     start * PAGE);
+
+	if (map == MAP_FAILED)
+		die("mmap");
+	for (int i = roll(state, 6); i >= 0; i--) {
+		n = roll(state, count);
+		switch (roll(state, 6)) {
+		case 0:
+			mprotect(map + n * WORDS, (count - n) * PAGE, PROT_READ);
+			check_page(map + n * WORDS, start + n, state);
+			mprotect(map, count * PAGE, PROT_READ | PROT_WRITE);
+			break;
+		case 1: {
+			/* Move all of it somewhere else. */
+			void *room = mmap(NULL, count * PAGE, PROT_NONE,
+					  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			void *moved = mremap(map, count * PAGE, count * PAGE,
+					     MREMAP_MAYMOVE | MREMAP_FIXED, room);
+
+			if (moved != MAP_FAILED) {
+				map = moved;
+			} else {
+				/* A change of rights may have left it in two pieces. */
+				if (errno != EFAULT)
+					die("mremap");
+				munmap(room, count * PAGE);
+			}
+			break;
+		}
+		case 2:
+			madvise(map, count * PAGE, MADV_DONTNEED);
+			break;
+		default:
+			check_page(map + n * WORDS, start + n, state);
+		}
+	}
+	if (count > 3)
+		munmap(map + WORDS, PAGE);
+	munmap(map, count * PAGE);
+}
+
+static void *consumer_thread(void *arg)
+{
+	unsigned int state = (uintptr_t)arg;
+
+	while (!shared->stop) {
+		unsigned long page = roll(&state, area.npages);
+		uint64_t *words = consumer_base + page * WORDS;
+
+		__atomic_add_fetch(&shared->ops, 1, __ATOMIC_RELAXED);
+		switch (roll(&state, 16)) {
+		case 0:
+			with_a_mapping(&state);
+			break;
+		case 1:
+			in_a_child(&state, page);
+			break;
+		case 2:
+			madvise(words, PAGE, MADV_DONTNEED);
+			break;
+		case 3:
+			if (area.discards_from < area.npages)
+				madvise(consumer_base + area.discards_from * WORDS,
+					(1 + roll(&state, area.npages - area.discards_from)) *
+						PAGE,
+					MADV_REMOVE);
+			break;
+		case 4: {
+			int ends[2];
+
+			/* The kernel reads the page. */
+			if (pipe(ends))
+				die("pipe");
+			if (write(ends[1], words, PAGE) != (ssize_t)PAGE)
+				complain("write(2)", page, errno);
+			close(ends[0]);
+			close(ends[1]);
+			break;
+		}
+		case 5:
+		case 6:
+			__atomic_add_fetch(&shared->counted[page], 1, __ATOMIC_SEQ_CST);
+			__atomic_add_fetch(&words[COUNTER], 1, __ATOMIC_SEQ_CST);
+			break;
+		default:
+			check_page(words, page, &state);
+		}
+	}
+	return NULL;
+}
+
+static void consumer(unsigned int state)
+{
+	struct sigaction fault = { .sa_sigaction = on_fault, .sa_flags = SA_SIGINFO };
+	pthread_t threads[NR_THREADS];
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	sigaction(SIGBUS, &fault, NULL);
+	sigaction(SIGSEGV, &fault, NULL);
+	/* Else the server would not be gone when this process's parent closes it. */
+	close(area.server_fd);
+	close(area.keep);
+	consumer_fd = open(area.node, O_RDWR);
+	if (consumer_fd < 0)
+		die(area.node);
+	consumer_base = mmap(NULL, area.npages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+			     consumer_fd, 0);
+	if (consumer_base == MAP_FAILED)
+		die("mmap");
+	for (int n = 0; n < NR_THREADS; n++)
+		if (pthread_create(&threads[n], NULL, consumer_thread,
+				   (void *)(uintptr_t)rand_r(&state)))
+			die("pthread_create");
+	for (int n = 0; n < NR_THREADS; n++)
+		pthread_join(threads[n], NULL);
+	_exit(0);
+}
+
+/* ---- rounds ---- */
+
+static void create(unsigned int *state)
+{
+	struct umem_create arg = { 0 };
+
+	/* Often so small that it is complete at once, under everybody's feet. */
+	area.npages = roll(state, 3) ? 1 + roll(state, 40) : 200 + roll(state, MAX_PAGES - 200);
+	area.discards_from = roll(state, 2) ? area.npages - area.npages / 4 : area.npages;
+	arg.size = area.npages * PAGE;
+	snprintf(arg.name, sizeof(arg.name), "stress.%d.%lu", getpid(), nr_rounds);
+	if (ioctl(control, UMEM_DEV_CREATE_UMEM, &arg))
+		die("create");
+	area.id = arg.id;
+	area.server_fd = arg.server_fd;
+	snprintf(area.node, sizeof(area.node), "/dev/umem%u", arg.id);
+	area.keep = open(area.node, O_RDONLY);
+	if (area.keep < 0)
+		die(area.node);
+	area.backing = mmap(NULL, arg.size, PROT_READ | PROT_WRITE, MAP_SHARED, arg.shmem_fd, 0);
+	if (area.backing == MAP_FAILED)
+		die("mmap of the backing file");
+	close(arg.shmem_fd);
+	if (fcntl(area.server_fd, F_SETFL, O_NONBLOCK))
+		die("fcntl");
+	memset(area.state, FREE, sizeof(area.state));
+	memset(shared->counted, 0, sizeof(shared->counted));
+	shared->stop = 0;
+}
+
+static void round_of_stress(unsigned int *state)
+{
+	pid_t pids[NR_CONSUMERS];
+	bool killed = false;
+	int events = 2 + roll(state, 6);
+
+	create(state);
+	for (int n = 0; n < NR_CONSUMERS; n++) {
+		unsigned int own = rand_r(state);
+
+		pids[n] = fork();
+		if (pids[n] < 0)
+			die("fork");
+		if (!pids[n])
+			consumer(own);
+	}
+	usleep(roll(state, 3000));
+	start_lanes(state);
+	while (events--) {
+		usleep(1000 + roll(state, 40000));
+		if (roll(state, 3)) {
+			reattach(state);
+		} else if (!roll(state, 2)) {
+			kill(pids[roll(state, NR_CONSUMERS)], SIGKILL);
+			killed = true;
+			nr_killed++;
+		}
+	}
+	shared->stop = 1;
+	for (int n = 0; n < NR_CONSUMERS; n++) {
+		int status;
+
+		if (waitpid(pids[n], &status, 0) != pids[n])
+			die("waitpid");
+		if (status && !(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL))
+			complain("a consumer ended badly", 0, status);
+	}
+	join_lanes();
+	for (unsigned long page = 0; page < area.npages && !killed; page++) {
+		uint64_t got = area.backing[page * WORDS + COUNTER];
+
+		if (area.state[page] == MARKED && page < area.discards_from &&
+		    got != shared->counted[page])
+			complain("increments", page, got);
+	}
+	munmap(area.backing, area.npages * PAGE);
+	close(area.server_fd);
+	close(area.keep);
+	nr_rounds++;
+}
+
+/* Areas are gone as soon as nobody has them. */
+static void expect_none(void)
+{
+	struct umem_list list = { 0 };
+
+	for (int tries = 0; tries < 200; tries++) {
+		memset(&list, 0, sizeof(list));
+		if (ioctl(control, UMEM_DEV_LIST, &list))
+			die("list");
+		if (!list.total)
+			return;
+		usleep(10000);
+	}
+	complain("areas left", 0, list.total);
+}
+
+int main(int argc, char **argv)
+{
+	unsigned int state;
+	time_t end;
+
+	if (argc != 3)
+		return 2;
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	end = time(NULL) + atoi(argv[1]);
+	state = strtoul(argv[2], NULL, 0);
+	pthread_mutex_init(&area.claim, NULL);
+	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+		      -1, 0);
+	control = open("/dev/umem", O_RDWR | O_CLOEXEC);
+	if (shared == MAP_FAILED || control < 0)
+		die("/dev/umem");
+	while (time(NULL) < end)
+		round_of_stress(&state);
+	expect_none();
+	printf("rounds=%lu ops=%lu requests=%lu reattached=%lu killed=%lu bad=%lu\n", nr_rounds,
+	       shared->ops, nr_requests, nr_reattached, nr_killed, shared->bad);
+	return shared->bad != 0;
+}
