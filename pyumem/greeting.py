@@ -45,6 +45,7 @@ class AsyncLink:
         sock.setblocking(False)
         self._sock = sock
         self._detached = False
+        self._torn = False
         self.peer: Final = peer
         self._sending = asyncio.Lock()
 
@@ -121,9 +122,14 @@ class AsyncLink:
         """Send a frame.  Raises LinkError."""
         loop = asyncio.get_running_loop()
         async with self._sending:
+            if self._torn:
+                raise LinkError(f"{self.peer}: an earlier frame was cut off")
+            # What follows half a frame would be taken for its rest.
+            self._torn = True
             try:
                 for part in parts:
                     await loop.sock_sendall(self._sock, part)
+                self._torn = False
             except OSError as e:
                 raise LinkError(f"{self.peer}: {e.strerror or e}") from e
 
@@ -132,6 +138,10 @@ class AsyncLink:
         await self.send(wire.pack_json(kind, message))
 
     # --- the end ---
+
+    def tune(self, *, control: bool) -> None:
+        """Set the socket's options for what it turned out to be."""
+        tune(self._sock, control=control)
 
     def detach(self) -> socket.socket:
         """Give the socket to the caller."""

@@ -59,8 +59,14 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _RESUME_S: Final = 30.0
+_ABORT_S: Final = 5.0
+_PIECE: Final = 32 * 1024
+"""Bytes of device state in one frame: an ABORT waits for one."""
+_STILL_S: Final = 90.0
+"""Seconds that the VM may stand still before the commit; then it goes on here."""
 _ANSWER_S: Final = 60.0
-"""Seconds that the destination has to answer COMMIT before its silence is reported."""
+"""Seconds after which the destination's silence upon COMMIT is reported; it is waited for on."""
+_RESTORE_S: Final = 5.0
 _POLL_S: Final = 0.05
 _MAY_LEAVE: Final = ("running", "paused", "prelaunch")
 _BUSY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
@@ -84,7 +90,7 @@ class Migration:
     def __init__(self, plan: Plan, tell: Callable[[str], None]) -> None:
         """Take nothing yet.  tell() gets the lines that the user should see."""
         self._plan = plan
-        self._tell = tell
+        self._user = tell
         self._session = secrets.token_hex(16)
         self.state = State.SETUP
         self.vm = ""
@@ -95,6 +101,8 @@ class Migration:
         self._interrupted = False
         self._resuming = False
         self._was_running = False
+        self._recorded = False
+        self._aborted = False
         self._qemu: Qemu | None = None
         self._ram: list[RamBlock] = []
         self._ram_fds: list[int] = []
@@ -105,9 +113,15 @@ class Migration:
         self._broken: asyncio.Future[None] | None = None
         self._told: dict[Kind, asyncio.Future[dict[str, Any]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._control_task: asyncio.Task[None] | None = None
         self._device_bytes = 0
         self._stopped_at = 0.0
         self.report = Report("", str(plan.destination), self._session, State.SETUP)
+
+    def _tell(self, text: str) -> None:
+        """Tell the user.  A terminal that is gone or a full disk must not harm the VM."""
+        with contextlib.suppress(OSError, ValueError):
+            self._user(text)
 
     # --- what is known ---
 
@@ -207,6 +221,7 @@ class Migration:
             self.report.setup_s = round(time.monotonic() - self._started, 3)
             issued = True
             await self._unless_broken(self._send_device_state(stack))
+            self._last_look()
             self._record_commit()
         except BaseException as e:
             self._resuming = True
@@ -220,10 +235,25 @@ class Migration:
             else:
                 self.state = State.FAILED
                 error = e
-            await self._undo(issued, str(error))
+            if not await self._undo(issued, str(error)):
+                assert self._qemu is not None
+                raise LostError(
+                    f"{error}; and {self.vm} could not be continued here: type `migrate_cancel`, "
+                    f"then `cont` at its monitor (QMP: {self._qemu.path})"
+                ) from e
             if error is e:
                 raise
             raise error from None
+
+    def _last_look(self) -> None:
+        """Raise what speaks against the commit.  No await between this and the commit."""
+        assert self._broken is not None and self._qemu is not None
+        if self._broken.done():
+            self._broken.result()
+        if self._qemu.gone.is_set():
+            raise QemuError(f"the source's QEMU (pid {self._qemu.pid}) is gone")
+        if self._qemu.resumed:
+            raise QemuError(f"somebody continued {self.vm} at its monitor during the migration")
 
     # --- checks and setup ---
 
@@ -253,14 +283,23 @@ class Migration:
             )
         )
         self.locked = True
+        if (record := runtime.commit_record(self.vm)).exists():
+            raise CheckError(
+                f"{record} says that {self.vm} runs elsewhere and may need the memory kept here; "
+                "remove that file if it does not"
+            )
         for block in self._ram:
             try:
                 fd = os.open(block.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as e:
                 raise CheckError(f"RAM block {block.id}: {block.path}: {e.strerror}") from e
             self._ram_fds.append(fd)
+            qemu.check_maps(block, fd)
             # The launcher looks at this when its QEMU ends: we remove the file then, not it.
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckError(f"RAM block {block.id}: {block.path} is locked") from None
         self._claims = ClaimMap.create(Slots([block.size // PAGE_SIZE for block in self._ram]))
 
     def _hello(self, lane: Lane, index: int = 0) -> Hello:
@@ -278,8 +317,9 @@ class Migration:
 
     async def _set_up(self) -> None:
         self._link = await AsyncLink.connect(self._plan.destination)
+        self._link.tune(control=True)
         await introduce(self._link, self._plan.token, self._hello(Lane.CONTROL))
-        self._spawn(self._control(self._link), "control lane")
+        self._control_task = self._spawn(self._control(self._link), "control lane")
         assert self._qemu is not None
         self._spawn(self._watch_qemu(self._qemu), "watch QEMU")
         wanted = [(Lane.URGENT, 0)]
@@ -330,7 +370,9 @@ class Migration:
         try:
             waiting: set[asyncio.Future[Any]] = {task, self._broken}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
+            # Bad news that came at the same time as good counts, except after the commit: there
+            # what the peer said last is what it did.
+            if self._broken.done() and not (self.state.committed and task.done()):
                 self._broken.result()
             return task.result()
         finally:
@@ -356,8 +398,9 @@ class Migration:
                 message = wire.unpack_json(header.kind, payload)
                 told = self._told.get(header.kind)
                 if header.kind in (Kind.ABORT, Kind.PAUSED):
+                    self._aborted = header.kind is Kind.ABORT
                     raise LinkError(f"{link.peer}: {message.get('reason')}")
-                if told is None or told.done():
+                if told is None or told.done() or not self._expected(header.kind):
                     raise ProtocolError(f"{link.peer}: {header.kind.name} out of turn")
                 told.set_result(message)
                 if header.kind is Kind.COMPLETE:
@@ -365,6 +408,13 @@ class Migration:
             raise LinkError(f"{link.peer}: the destination closed the control lane")
         except UmemError as e:
             self._break(e)
+
+    def _expected(self, kind: Kind) -> bool:
+        if kind is Kind.PREPARED:
+            return self.state is State.DEVICE
+        if kind is Kind.RUNNING:
+            return self.state.committed
+        return self._told[Kind.RUNNING].done()
 
     # --- device state ---
 
@@ -380,16 +430,27 @@ class Migration:
             listener.bind(str(path))
             listener.listen(1)
             self.state = State.DEVICE
+            self._was_running = await qemu.status() == "running"
             await qemu.execute("migrate", uri=f"unix:{path}")
             relay = self._spawn(self._relay(listener, qemu), "relay device state")
             # Stopped, with all I/O drained: RAM does not change any more, and pages may be read.
             await qemu.wait_migration("pre-switchover", "device", "completed")
             self._stopped_at = qemu.stopped_at or time.monotonic()
+            qemu.resumed = False
             self._go(Lane.URGENT)
-            await qemu.execute("migrate-continue", state="pre-switchover")
-            await qemu.wait_migration("completed")
-            await relay
-            await self._told[Kind.PREPARED]
+            try:
+                async with asyncio.timeout(_STILL_S):
+                    await qemu.execute("migrate-continue", state="pre-switchover")
+                    await qemu.wait_migration("completed")
+                    await relay
+                    # All is out.  From here on nobody at a monitor or on a serial port can move it.
+                    qemu.freeze()
+                    await self._told[Kind.PREPARED]
+            except TimeoutError:
+                raise LinkError(
+                    f"{self._plan.destination}: has not loaded the device state after "
+                    f"{_STILL_S:g} s, during which {self.vm} stood still"
+                ) from None
 
     async def _prepare_qemu(self, qemu: Qemu, stack: contextlib.AsyncExitStack) -> None:
         """Set what this migration needs; put it back at the end if QEMU is still there."""
@@ -398,11 +459,14 @@ class Migration:
         before = {name: known[name] for name in SOURCE_CAPABILITIES}
 
         async def restore() -> None:
-            with contextlib.suppress(QemuError):
-                await qemu.set_capabilities(before)
-                await qemu.execute(
-                    "migrate-set-parameters", max_bandwidth=parameters["max-bandwidth"]
-                )
+            if self.state.committed:
+                return
+            with contextlib.suppress(QemuError, TimeoutError):
+                async with asyncio.timeout(_RESTORE_S):
+                    await qemu.set_capabilities(before)
+                    await qemu.execute(
+                        "migrate-set-parameters", max_bandwidth=parameters["max-bandwidth"]
+                    )
 
         stack.push_async_callback(restore)
         await qemu.set_capabilities(dict.fromkeys(SOURCE_CAPABILITIES, True))
@@ -412,7 +476,7 @@ class Migration:
         """Pass QEMU's stream on to the destination."""
         assert self._link is not None
         loop = asyncio.get_running_loop()
-        buffer = memoryview(bytearray(wire.MAX_DEVICE))
+        buffer = memoryview(bytearray(_PIECE))
         try:
             stream, _ = await loop.sock_accept(listener)
             with stream:
@@ -429,27 +493,49 @@ class Migration:
 
     # --- the way back ---
 
-    async def _undo(self, issued: bool, why: str) -> None:
+    async def _undo(self, issued: bool, why: str) -> bool:
         """Let the destination go and make the VM run here again, if it did.
 
-        Cannot be interrupted.
+        Cannot be interrupted.  Tells whether the VM is as it was, or gone.
         """
-        if self._link is not None:
-            with contextlib.suppress(UmemError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._link.send_json(Kind.ABORT, {"reason": why[:2000]})
-        runtime.commit_record(self.vm).unlink(missing_ok=True) if self.vm else None
-        if not issued or self._qemu is None:
+        if self._recorded:
+            runtime.commit_record(self.vm).unlink(missing_ok=True)
+            self._recorded = False
+        told = asyncio.create_task(self._tell_abort(why), name=f"{self.vm}: abort")
+        back = True
+        if issued and self._qemu is not None and not self._qemu.gone.is_set():
+            back = await self._continue_vm(self._qemu)
+        await told
+        return back
+
+    async def _tell_abort(self, why: str) -> None:
+        """Tell the destination, and wait a little until it has heard."""
+        if self._link is None or self._control_task is None:
             return
+        with contextlib.suppress(UmemError, TimeoutError):
+            async with asyncio.timeout(_ABORT_S):
+                await self._link.send_json(Kind.ABORT, {"reason": why[:2000]})
+                # It closes when it knows.  Lanes that are cut off before would be all it sees.
+                await asyncio.wait({self._control_task})
+
+    async def _continue_vm(self, qemu: Qemu) -> bool:
+        problem: object = ""
         try:
             async with asyncio.timeout(_RESUME_S):
-                await self._make_run(self._qemu)
+                while not qemu.gone.is_set():
+                    try:
+                        qemu.thaw()
+                        await self._make_run(qemu)
+                        return True
+                    except QemuError as e:
+                        # Most often a disk that the destination has not let go of yet.
+                        problem = e
+                        await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            self._tell(
-                f"{self.vm} could not be continued within {_RESUME_S:g} s; QMP: {self._qemu.path}"
-            )
-        except QemuError as e:
-            self._tell(f"{self.vm} could not be continued: {e}")
+            self._tell(f"{self.vm} could not be continued within {_RESUME_S:g} s: {problem}")
+            return False
+        self._tell(f"{self.vm}: its QEMU is gone: {problem}")
+        return True
 
     async def _make_run(self, qemu: Qemu) -> None:
         if (await qemu.execute("query-migrate")).get("status") in _BUSY:
@@ -481,6 +567,7 @@ class Migration:
             "committed_at": self.report.committed_at,
             "ram": [{"id": block.id, "path": block.path} for block in self._ram],
         }
+        self._recorded = True
         runtime.commit_record(self.vm).write_text(json.dumps(record, indent=1) + "\n")
 
     async def _after_commit(self) -> None:
@@ -490,18 +577,23 @@ class Migration:
         self.state = State.POSTCOPY_ACTIVE
         try:
             await self._unless_broken(self._commit(sent_at))
-        except (UmemError, OSError, TimeoutError) as e:
+        except (UmemError, OSError) as e:
+            if self._aborted:
+                # Its word is ABORT: it had not taken COMMIT when it said so, and never will.
+                self.state = State.FAILED
+                if await self._undo(True, str(e)):
+                    raise
             self.state = State.POSTCOPY_PAUSED
             raise LostError(
-                f"COMMIT was sent to {self._plan.destination} and not answered "
-                f"({e or 'no answer'}): "
-                f"{self.vm} may run there.  It stays paused here, with its memory.  Look there "
-                f"with `umemctl status`; only if it does not run there, `cont` it here "
-                f"(QMP: {self._qemu.path})"
+                f"COMMIT was sent to {self._plan.destination} and not answered ({e}): "
+                f"{self.vm} may run there.  It stays here, frozen, with its memory.  Look there with "
+                f"`umemctl status`; only if it does not run there, `kill -CONT {self._qemu.pid}`, "
+                f"`cont` it (QMP: {self._qemu.path}) and remove {runtime.commit_record(self.vm)}"
             ) from e
         try:
-            # It has no right to run any more; nobody may continue it by accident.
-            await self._qemu.end()
+            # It has no right to run any more, and is not asked: it might hear a `cont` first.
+            if not await self._qemu.kill():
+                self._tell(f"QEMU (pid {self._qemu.pid}) does not die; it is frozen: kill it")
             complete = await self._unless_broken(self._wait_complete())
         except (UmemError, OSError) as e:
             await self._paused(str(e))
@@ -519,8 +611,14 @@ class Migration:
         assert self._link is not None
         await self._link.send_json(Kind.COMMIT, {"run": self._was_running})
         self._go(Lane.BACKGROUND) if self._background else None
-        async with asyncio.timeout(_ANSWER_S):
-            answer = await self._told[Kind.RUNNING]
+        running = self._told[Kind.RUNNING]
+        while not (await asyncio.wait({running}, timeout=_ANSWER_S))[0]:
+            # It may be slow to start; to leave it now would leave the guest without its memory.
+            self._tell(
+                f"{self._plan.destination}: no answer to COMMIT for "
+                f"{time.monotonic() - sent_at:.0f} s; waiting on"
+            )
+        answer = running.result()
         now = time.monotonic()
         self.report.commit_ms = round(1000 * (now - sent_at), 3)
         self.report.downtime_ms = round(1000 * (now - self._stopped_at), 3)

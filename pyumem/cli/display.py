@@ -11,14 +11,10 @@ from types import TracebackType
 from typing import Final, Protocol, Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 
 from pyumem.cli.common import share, size
 from pyumem.ram import PAGE_SIZE
-from pyumem.report import Progress as Snapshot
-from pyumem.report import Report
+from pyumem.report import Progress, Report
 
 _WINDOW_S: Final = 3.0
 """Seconds over which the rate is told."""
@@ -27,17 +23,19 @@ _WINDOW_S: Final = 3.0
 class Watched(Protocol):
     """What is displayed."""
 
-    def progress(self) -> Snapshot:
+    def progress(self) -> Progress:
         """Return how far it is."""
 
 
-class _Rate:
+class Rate:
     """Bytes a second, and pages a second, over the last seconds."""
 
     def __init__(self) -> None:
+        """Begin with nothing seen."""
         self._seen: deque[tuple[float, int, int]] = deque()
 
-    def see(self, now: Snapshot) -> None:
+    def see(self, now: Progress) -> None:
+        """Take note."""
         at = time.monotonic()
         self._seen.append((at, now.bytes_moved, now.pages_done))
         while len(self._seen) > 2 and at - self._seen[0][0] > _WINDOW_S:
@@ -51,14 +49,16 @@ class _Rate:
 
     @property
     def bytes(self) -> float:
+        """Return bytes a second."""
         return self._per_second(1)
 
-    def eta_s(self, now: Snapshot) -> float | None:
+    def eta_s(self, now: Progress) -> float | None:
+        """Return how many seconds are left, None when nothing moves."""
         rate = self._per_second(2)
         return (now.pages_total - now.pages_done) / rate if rate > 0 else None
 
 
-def _line(now: Snapshot, rate: _Rate) -> str:
+def _line(now: Progress, rate: Rate) -> str:
     eta = rate.eta_s(now)
     return (
         f"{now.state}: {now.pages_done}/{now.pages_total} pages "
@@ -90,7 +90,7 @@ class PlainDisplay:
 
     async def follow(self, watched: Watched) -> None:
         """Print progress until cancelled."""
-        rate = _Rate()
+        rate = Rate()
         while True:
             await asyncio.sleep(1.0)
             now = watched.progress()
@@ -99,25 +99,11 @@ class PlainDisplay:
                 self.tell(_line(now, rate))
 
 
-class BarDisplay:
-    """A bar, for terminals."""
-
-    def __init__(self) -> None:
-        """Draw on standard error."""
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>5.1f} %"),
-            TextColumn("{task.fields[what]}"),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task: TaskID | None = None
+class Display(Protocol):
+    """What shows a migration: a context manager."""
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
-        self._bar.start()
-        return self
+        """Begin."""
 
     def __exit__(
         self,
@@ -125,40 +111,23 @@ class BarDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the terminal as it was."""
-        self._bar.stop()
+        """End."""
 
     def tell(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.console.print(f"umemctl: {text}", highlight=False, markup=False)
+        """Print a line."""
 
     async def follow(self, watched: Watched) -> None:
-        """Draw until cancelled."""
-        rate = _Rate()
-        while True:
-            now = watched.progress()
-            rate.see(now)
-            if now.pages_total:
-                self._draw(now, rate)
-            await asyncio.sleep(0.2)
-
-    def _draw(self, now: Snapshot, rate: _Rate) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task(now.state, total=now.pages_total, what="")
-        eta = rate.eta_s(now)
-        what = (
-            f"demand {now.pages_demand}  background {now.pages_background}  zero {now.pages_zero}  "
-            f"{size(now.bytes_moved)}  {size(rate.bytes)}/s  "
-            f"ETA {f'{eta:.0f} s' if eta is not None else '-'}"
-        )
-        self._bar.update(
-            self._task, completed=now.pages_done, description=now.state.value, what=what
-        )
+        """Show progress until cancelled."""
 
 
-def make_display() -> PlainDisplay | BarDisplay:
+def make_display() -> Display:
     """Return what fits standard error."""
-    return BarDisplay() if sys.stderr.isatty() else PlainDisplay()
+    if not sys.stderr.isatty():
+        return PlainDisplay()
+    # rich takes longer to import than the rest of this command together.
+    from pyumem.cli.bar import BarDisplay
+
+    return BarDisplay()
 
 
 def _number(value: float | None, unit: str, digits: int = 1) -> str:
@@ -167,6 +136,9 @@ def _number(value: float | None, unit: str, digits: int = 1) -> str:
 
 def show_report(report: Report) -> None:
     """Print the table at the end."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(show_header=False)
 
     def row(label: str, value: object) -> None:

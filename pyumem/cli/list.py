@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from pyumem import uapi
 from pyumem.area import node_path
@@ -52,6 +50,9 @@ def command(as_json: bool) -> None:
             ]
         )
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("node", "name", "size", "cached", "server", "mapped", "owner")
     for area in areas:
         table.add_row(

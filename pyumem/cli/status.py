@@ -6,8 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from pyumem import runtime
 from pyumem.cli.common import json_option, print_json, share, size
@@ -63,6 +61,9 @@ def command(as_json: bool) -> None:
 
 
 def _show(serve: dict[str, Any] | None, migrations: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     if serve is None:
         console.print(f"no `umemctl serve` answers on {runtime.serve_socket()}")

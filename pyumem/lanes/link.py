@@ -27,7 +27,13 @@ privilege.
 """
 
 
-def tune(sock: socket.socket, *, urgent: bool = False, background: bool = False) -> None:
+CONTROL_SNDBUF: Final = 64 * 1024
+"""Send buffer of a control lane in bytes: what an ABORT may find ahead of it."""
+
+
+def tune(
+    sock: socket.socket, *, urgent: bool = False, background: bool = False, control: bool = False
+) -> None:
     """Set what every lane needs: small frames at once, a dead peer noticed in bounded time."""
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         tcp = socket.IPPROTO_TCP
@@ -43,6 +49,8 @@ def tune(sock: socket.socket, *, urgent: bool = False, background: bool = False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _URGENT_PRIORITY)
     if background:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BACKGROUND_SNDBUF)
+    if control:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONTROL_SNDBUF)
 
 
 class Link:

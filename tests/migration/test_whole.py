@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whole migrations of a guest that works and checks its own memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.migration.world import World, alive, eventually, report_of, world
+from tests.vm.guest import GuestSpec
+
+SPEC = GuestSpec(workload="verify", writers=1, mb=24, memory="96M")
+PAGES = 96 * 256
+
+
+def check_after(world: World, migrate_said: dict[str, object], pages: int) -> None:
+    """What holds after every migration that came to its end."""
+    told = migrate_said
+    assert told["state"] == "completed" and told["pages_total"] == pages
+    counts = [told[f"pages_{kind}"] for kind in ("demand", "background", "zero")]
+    assert sum(int(str(count)) for count in counts) == pages, "each page was sent once"
+    assert int(str(told["pages_zero"])) > 0
+    assert int(str(told["bytes_sent"])) < pages * 4096
+    assert float(str(told["downtime_ms"])) > 0
+    assert not Path("/dev/shm/umem-src/vm1").exists(), "the RAM file is gone"
+    assert not list((world.source.runtime / "migrate").glob("*.json"))
+    eventually(lambda: world.vm() == {}, why="serve still has the VM")
+    history = world.serve_status()["history"]
+    assert history[-1]["state"] == "completed"
+    (area,) = world.areas()
+    assert area.complete and not area.served and area.mapped
+
+
+@pytest.mark.parametrize(
+    ("accel", "vcpus", "workload", "qemu"),
+    [
+        pytest.param("kvm", 2, "verify", "UMEM_QEMU10", id="kvm-2cpu-qemu10"),
+        pytest.param("tcg", 1, "ab", "UMEM_QEMU", id="tcg-ab"),
+    ],
+)
+def test_a_working_guest_moves(
+    accel: str, vcpus: int, workload: str, qemu: str, tmp_path: Path
+) -> None:
+    spec = replace(SPEC, accel=accel, vcpus=vcpus, writers=vcpus, workload=workload)
+    if workload == "ab":
+        spec = replace(spec, writers=1)
+    with world(tmp_path) as w:
+        serve = w.serve()
+        source_qemu, before = w.guest(spec, qemu=qemu)
+        destination_qemu, after = w.expect(spec, qemu=qemu)
+        (area,) = w.areas()
+        assert area.name == "vm1.ram0" and area.nr_cached == 0 and area.served
+        migrate = w.migrate("--json", "--background-lanes", "2")
+        assert migrate.wait(300) == 0, migrate.said()
+        told = report_of(migrate)
+        assert source_qemu.wait() == 0
+        alive(after)
+        verdict = after.verdict(300)
+        print(f"{accel}: {verdict}\n{json.dumps(told)}\n{serve.said()}")
+        assert verdict.ok and verdict.bad == 0, verdict.text
+        check_after(w, told, PAGES)
+        assert before._ended
+        destination_qemu.end()
+        eventually(lambda: w.areas() == [], why="the area outlives its QEMU")
+        serve.process.terminate()
+        assert serve.wait() == 0
+
+
+def test_pages_on_demand_only(tmp_path: Path) -> None:
+    """-n: nothing comes unasked, until `umemctl background`; Ctrl-C is refused meanwhile."""
+    spec = replace(SPEC, workload="idle")
+    with world(tmp_path) as w:
+        serve = w.serve()
+        _, _ = w.guest(spec)
+        _, after = w.expect(spec)
+        migrate = w.migrate("-n", "--json")
+        migrate.wait_said("vm1 runs at")
+        alive(after)
+        told = eventually(lambda: w.migrate_status())
+        assert told["state"] == "postcopy-active" and not told["background"]
+        assert told["pages_background"] == 0 and 0 < told["pages_demand"] < PAGES / 2
+        vm = w.vm()
+        assert vm["state"] == "postcopy-active"
+        assert 0 < vm["areas"][0]["cached_bytes"] < vm["areas"][0]["size_bytes"]
+        migrate.process.send_signal(2)
+        migrate.wait_said("Ctrl-C: not stopping: vm1 runs at")
+        serve.process.terminate()
+        serve.wait_said("SIGTERM: not stopping: vm1")
+        second = w.start(w.destination, "umemctl", "serve")
+        assert second.wait() == 1 and "runs already" in second.said()
+        again = w.migrate()
+        assert again.wait() == 1, again.said()
+        alive(after)
+        done = w.source.run(["umemctl", "background", "vm1"])
+        assert done.returncode == 0, done.stderr
+        assert migrate.wait(300) == 0, migrate.said()
+        verdict = after.verdict(300)
+        assert verdict.ok, verdict.text
+        check_after(w, report_of(migrate), PAGES)
