@@ -38,7 +38,7 @@ HUGE = 512  # pages
 KNOB = Path("/sys/kernel/mm/transparent_hugepage")
 
 
-@pytest.fixture(params=["never", "advise", "always", "force"])
+@pytest.fixture(params=["advise", "always", "force"])
 def shmem_enabled(request: pytest.FixtureRequest) -> Iterator[str]:
     """What the administrator has set for huge pages in shared memory."""
     knob = KNOB / "shmem_enabled"

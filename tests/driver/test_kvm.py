@@ -19,7 +19,7 @@ import pytest
 from pyumem import uapi
 from pyumem.area import Area
 
-from .build import build
+from .build import program
 from .support import LONG, SHORT, Server, no_request, serve, take, wait_until
 
 NPAGES = 64
@@ -34,7 +34,7 @@ def machine(area: Area) -> Iterator[Machine]:
 
     def start(kind: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [build("kvm_touch"), area.node, str(NPAGES), kind], stdout=subprocess.PIPE, text=True
+            [program("kvm_touch"), area.node, str(NPAGES), kind], stdout=subprocess.PIPE, text=True
         )
         started.append(process)
         assert line(process) == "running"

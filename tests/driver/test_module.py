@@ -119,15 +119,11 @@ def test_a_backing_file_alone_does_not_hold_it(area: Area) -> None:
 
 def test_a_waiter_holds_it(area: Area, agent: Agent) -> None:
     """Mapping, node and server are gone, a thread sleeps in the driver's code: it must not go."""
-    pending = agent.touch_all(agent.map_node(area), [5])
+    base = agent.map_node(area)
+    pending = agent.touch_all(base, [5])
     assert take_pages(area, 1) == [5]
     refused()
     # In the order that leaves only the waiter: had it no reference, the module would go.
-    base = next(
-        int(line.split("-")[0], 16)
-        for line in Path(f"/proc/{agent.pid}/maps").read_text().splitlines()
-        if "umem" in line
-    )
     area.close()
     agent.sys("munmap", base, 64 * PAGE)
     if not pending[0].done(0.3):

@@ -20,7 +20,7 @@ import pytest
 from pyumem import uapi
 from pyumem.area import Area
 
-from .build import build
+from .build import program
 from .support import page_bytes
 
 SECONDS = int(os.environ.get("UMEM_STRESS_SECONDS", "20"))
@@ -100,7 +100,7 @@ def test_many_threads_and_several_lanes(new_area: Callable[[int], Area]) -> None
     print(f"seed {SEED}")
     with Lanes(area, SEED):
         storm = subprocess.run(
-            [build("storm"), area.node, str(area.npages), "32", str(SEED % 100000)],
+            [program("storm"), area.node, str(area.npages), "32", str(SEED % 100000)],
             check=False,
             capture_output=True,
             text=True,
@@ -121,7 +121,7 @@ def test_a_storm_notices_a_wrong_page(new_area: Callable[[int], Area]) -> None:
     area.map[7 * 4096 + 800] ^= 1
     area.mark([(0, 20)])
     storm = subprocess.run(
-        [build("storm"), area.node, "20", "2", "1"], check=False, capture_output=True, text=True
+        [program("storm"), area.node, "20", "2", "1"], check=False, capture_output=True, text=True
     )
     assert storm.returncode == 1
     assert "page 7 word 100" in storm.stderr
@@ -132,7 +132,7 @@ def test_everything_at_once() -> None:
     """See progs/stress.c."""
     print(f"seed {SEED}")
     stress = subprocess.run(
-        [build("stress"), str(SECONDS), str(SEED)],
+        [program("stress"), str(SECONDS), str(SEED)],
         check=False,
         capture_output=True,
         text=True,
