@@ -77,6 +77,7 @@ class Migration:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stream: socket.socket | None = None
         self._device_bytes = 0
+        self._loading = False
         self._prepared = False
         self._complete = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -236,6 +237,13 @@ class Migration:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
 
+    def arrived_after_all(self) -> bool:
+        """In postcopy-paused: look whether what was still in the lanes has made it complete."""
+        if all(area.info().complete for area in self._target.areas):
+            self.state = State.COMPLETED
+            return True
+        return False
+
     async def close(self) -> None:
         """Stop the workers, close the lanes; again is harmless."""
         await self._end_tasks()
@@ -267,14 +275,21 @@ class Migration:
 
     # --- the control lane ---
 
+    @property
+    def _takes_device(self) -> bool:
+        return self.state in (State.SETUP, State.DEVICE) and not self._loading
+
     async def _control(self) -> None:
         while (frame := await self._link.receive()) is not None:
             header, payload = frame
             match header.kind:
-                case Kind.DEVICE if self.state in (State.SETUP, State.DEVICE) and payload:
+                case Kind.DEVICE if self._takes_device and payload:
                     await self._device(payload)
-                case Kind.DEVICE_END if self.state is State.DEVICE and self._stream:
+                case Kind.DEVICE_END if self._takes_device and self._stream:
+                    self._loading = True
                     self._spawn(self._load(), "load device state")
+                case Kind.COMMIT if self._broken.done():
+                    return  # run() is about to say ABORT
                 case Kind.COMMIT if self._prepared and self.state is State.DEVICE:
                     await self._commit(wire.unpack_json(Kind.COMMIT, payload))
                 case Kind.BYE if self._complete:
@@ -305,6 +320,10 @@ class Migration:
                 await loop.sock_connect(self._stream, str(self._target.incoming))
             except OSError as e:
                 raise QemuError(f"QEMU's {self._target.incoming}: {e.strerror}") from e
+            # Takes back a `cont` that somebody typed while it waited: it would run by itself after
+            # the load, before the commit.
+            await self._target.qemu.execute("stop")
+            self._target.qemu.resumed = False
         try:
             await loop.sock_sendall(self._stream, piece)
         except OSError as e:
@@ -319,6 +338,7 @@ class Migration:
             async with asyncio.timeout(_INMIGRATE_S):
                 while await qemu.status() == "inmigrate":
                     await asyncio.sleep(_POLL_S / 4)
+            self._not_running()
             self._prepared = True
             await self._link.send_json(Kind.PREPARED, {"device_state_bytes": self._device_bytes})
         except TimeoutError:
@@ -326,8 +346,14 @@ class Migration:
         except UmemError as e:
             self._break(e)
 
+    def _not_running(self) -> None:
+        """Raise QemuError when somebody continued the VM before it was ours."""
+        if self._target.qemu.resumed:
+            raise QemuError("somebody continued the VM at the destination before the commit")
+
     async def _commit(self, message: dict[str, Any]) -> None:
         """From here on this side owns the VM."""
+        self._not_running()
         run = flag(message, "run") and self._target.autostart
         self.state = State.POSTCOPY_ACTIVE
         if run:

@@ -36,6 +36,7 @@ MAX_STRANGERS: Final = 16
 _QEMU_START_S: Final = 120.0
 _READY_S: Final = WELCOME_S / 2
 _END_PATIENCE_S: Final = 1.0
+_POLL_PAUSED_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +205,20 @@ class IncomingVm:
                     "%s: postcopy-paused: %s; the guest waits for its missing pages",
                     *(self.name, self.migration.reason),
                 )
-                await gone
+                await self._while_paused(gone, self.migration)
             if self._qemu.gone.is_set():
                 log.info("%s: QEMU (pid %d) is gone", self.name, self._qemu.pid)
         finally:
             gone.cancel()
             migrated.cancel()
             await asyncio.gather(gone, migrated, return_exceptions=True)
+
+    async def _while_paused(self, gone: asyncio.Task[Any], migration: Migration) -> None:
+        while not gone.done():
+            await asyncio.wait({gone}, timeout=_POLL_PAUSED_S)
+            if migration.arrived_after_all():
+                log.info("%s: complete after all: its last pages were on their way", self.name)
+                return
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=f"{self.name}: {name}")
@@ -221,14 +229,16 @@ class IncomingVm:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.migration:
-            await self.migration.close()
-        if self._qemu:
-            if not (self.migration and self.migration.state.committed):
-                # It has no VM and will not get one.
-                await self._qemu.end(_END_PATIENCE_S)
-            await self._qemu.close()
-        self._release_files()
+        # In reverse; what one of them meets does not keep the others from being freed.
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._release_files)
+            if self._qemu:
+                stack.push_async_callback(self._qemu.close)
+                if not (self.migration and self.migration.state.committed):
+                    # It has no VM and will not get one.
+                    stack.push_async_callback(self._qemu.end, _END_PATIENCE_S)
+            if self.migration:
+                stack.push_async_callback(self.migration.close)
         log.info("%s: released (%s)", self.name, self.state)
 
     def _release_files(self) -> None:
@@ -279,9 +289,13 @@ class IncomingVm:
             if migration is None:
                 link.close()
         if migration is not None:
-            await migration.run()
-            log.info("%s: migration %s%s", self.name, migration.state, _because(migration.reason))
-            self._migrated.set()
+            try:
+                await migration.run()
+                log.info(
+                    "%s: migration %s%s", self.name, migration.state, _because(migration.reason)
+                )
+            finally:
+                self._migrated.set()
 
     async def _begin(self, hello: Hello, link: AsyncLink) -> Migration:
         with contextlib.suppress(TimeoutError):

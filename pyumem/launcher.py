@@ -87,7 +87,7 @@ class RamFile:
         try:
             room = shutil.disk_usage(self.path.parent).free
             with self.path.open("xb") as file:
-                self.path.chmod(0o600)
+                os.fchmod(file.fileno(), 0o600)
                 file.truncate(self._size)
         except OSError as e:
             raise UmemError(f"RAM file {self.path}: {e.strerror}") from e
@@ -96,6 +96,11 @@ class RamFile:
                 f"warning: {self.path.parent} has room for {room >> 20} MiB, the VM may use "
                 f"{self._size >> 20} MiB (mount -o remount,size=... /dev/shm, or set UMEM_RAM_DIR)"
             )
+
+    @property
+    def moved(self) -> bool:
+        """Tell whether `umemctl migrate` took the VM away: it left a record, or took the file."""
+        return self._record.exists() or not self.path.exists()
 
     def remove_unless_served(self) -> None:
         """Remove it, unless `umemctl migrate` still reads it or it is the only copy of a VM
@@ -182,6 +187,7 @@ def _run_qemu(argv: Sequence[str], keep: int) -> int:
 def _launch(wish: Wish) -> int:
     name = wish.name or f"vm-{os.getpid()}"
     directory = runtime.make_private(runtime.vm_dir(name))
+    ram: RamFile | None = None
     with (
         runtime.LockFile(
             directory.parent / f"{name}.lock", f"a VM named {name} runs already: use another -name"
@@ -204,7 +210,11 @@ def _launch(wish: Wish) -> int:
             mem_path = str(ram.path)
             say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
         argv = rewrite(wish, name=name, mem_path=mem_path, qmp_path=str(runtime.qmp_socket(name)))
-        return _run_qemu(argv, lock.fileno())
+        status = _run_qemu(argv, lock.fileno())
+        if status == 128 + signal.SIGKILL and ram is not None and ram.moved:
+            say(f"VM {name} has moved to another host")
+            return 0
+        return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

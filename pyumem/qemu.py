@@ -7,6 +7,9 @@ Nothing here knows umem's protocol.  QEMU needs no patch: RAM on shared files, a
     pause-before-switchover   the source stops and waits with all I/O drained, so that RAM is known
                               to be still before a page is read
     events                    each change of state is an event
+    late-block-activate       the destination leaves its disks alone until `cont`, so that the
+                              source
+                              can still have them back
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -30,7 +34,7 @@ from pyumem.errors import CheckError, QemuError
 
 IGNORE_SHARED: Final = "x-ignore-shared"
 SOURCE_CAPABILITIES: Final = (IGNORE_SHARED, "pause-before-switchover", "events")
-DESTINATION_CAPABILITIES: Final = (IGNORE_SHARED, "events")
+DESTINATION_CAPABILITIES: Final = (IGNORE_SHARED, "events", "late-block-activate")
 UNLIMITED_BANDWIDTH: Final = 1 << 40
 """Bytes a second for the device state: our sockets are the limit."""
 _QUIT_S: Final = 5.0
@@ -67,6 +71,8 @@ class Qemu:
         """The last migration state that QEMU told."""
         self.stopped_at: float | None = None
         """When it told that the VM stopped (time.monotonic())."""
+        self.resumed = False
+        """It told that the VM runs, since this was last set to False."""
         self.shutdown_reason = ""
         """Why it said that it shuts down, empty if it did not say so."""
 
@@ -117,7 +123,7 @@ class Qemu:
         while True:
             try:
                 return await cls.connect(path)
-            except QemuError:
+            except (QemuError, CheckError):
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)
@@ -144,6 +150,8 @@ class Qemu:
                     self.migration = str(data.get("status"))
                 case "STOP":
                     self.stopped_at = time.monotonic()
+                case "RESUME":
+                    self.resumed = True
                 case "SHUTDOWN" if isinstance(data, dict):
                     self.shutdown_reason = str(data.get("reason") or "shutdown")
             async with self._changed:
@@ -262,6 +270,31 @@ class Qemu:
             )
         return sorted(blocks, key=lambda block: block.id)
 
+    def check_maps(self, block: RamBlock, fd: int) -> None:
+        """Check that the process has this very file mapped: it is the VM, and that is its RAM.
+
+        fd is an open of block.path.  An area of the driver is mapped under another inode, and is
+        not checked.  Raises CheckError.
+        """
+        status = os.fstat(fd)
+        if stat.S_ISCHR(status.st_mode):
+            return
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+        try:
+            lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
+        except OSError as e:
+            raise CheckError(
+                f"cannot see what QEMU (pid {self.pid}) has mapped: {e.strerror}; run as its user"
+            ) from e
+        for line in lines:
+            fields = line.split(maxsplit=5)
+            if fields[3] == device and int(fields[4]) == status.st_ino:
+                return
+        raise CheckError(
+            f"RAM block {block.id}: process {self.pid}, which answers on {self.path}, does not "
+            f"have {block.path} mapped: the file was replaced, or that is not QEMU but a proxy"
+        )
+
     # --- the end ---
 
     async def wait_exit(self, seconds: float) -> bool:
@@ -278,6 +311,29 @@ class Qemu:
             loop.remove_reader(self._pidfd)
         return True
 
+    def freeze(self) -> None:
+        """Stop the process itself (SIGSTOP): nothing it is told can change the VM from here on.
+
+        Raises QemuError.
+        """
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on after freeze(); harmless without.  Raises QemuError."""
+        self._signal(signal.SIGCONT)
+
+    async def kill(self) -> bool:
+        """End the process without asking it.  Tells whether it is gone."""
+        with contextlib.suppress(QemuError):
+            self._signal(signal.SIGKILL)
+        return await self.wait_exit(_QUIT_S)
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except OSError as e:
+            raise QemuError(f"QEMU (pid {self.pid}): {number.name}: {e.strerror}") from e
+
     async def end(self, patience: float = _QUIT_S) -> None:
         """End the process for certain: quit, and SIGKILL for one that does not hear within
         `patience` seconds.
@@ -288,9 +344,7 @@ class Qemu:
             async with asyncio.timeout(patience):
                 await self.execute("quit")
         if not await self.wait_exit(patience):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            await self.wait_exit(_QUIT_S)
+            await self.kill()
 
 
 @contextlib.asynccontextmanager

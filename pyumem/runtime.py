@@ -5,8 +5,10 @@ of VMs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,8 +39,22 @@ def ram_dir() -> Path:
 
 
 def make_private(path: Path) -> Path:
-    """Make a directory, and its parents, that only this user enters."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make a directory, and its parents, that only this user enters.
+
+    Raises UsageError for one that somebody else owns or may write: what is in it could be swapped.
+    """
+    for one in (*reversed(path.parents), path):
+        with contextlib.suppress(FileExistsError):
+            one.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{path} is no directory")
+    for one in (path, *path.parents):
+        status = one.lstat()
+        if status.st_uid not in (os.geteuid(), 0):
+            raise UsageError(f"{one} belongs to uid {status.st_uid}: refusing to use {path}")
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            raise UsageError(f"{one} can be written by others: refusing to use {path}")
     return path
 
 

@@ -586,9 +586,10 @@ class Migration:
             self.state = State.POSTCOPY_PAUSED
             raise LostError(
                 f"COMMIT was sent to {self._plan.destination} and not answered ({e}): "
-                f"{self.vm} may run there.  It stays here, frozen, with its memory.  Look there with "
-                f"`umemctl status`; only if it does not run there, `kill -CONT {self._qemu.pid}`, "
-                f"`cont` it (QMP: {self._qemu.path}) and remove {runtime.commit_record(self.vm)}"
+                f"{self.vm} may run there.  It stays here, frozen, with its memory.  Look there "
+                f"with `umemctl status`; only if it does not run there, "
+                f"`kill -CONT {self._qemu.pid}`, `cont` it (QMP: {self._qemu.path}) "
+                f"and remove {runtime.commit_record(self.vm)}"
             ) from e
         try:
             # It has no right to run any more, and is not asked: it might hear a `cont` first.

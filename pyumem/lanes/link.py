@@ -13,8 +13,11 @@ from pyumem import wire
 from pyumem.errors import LinkError, ProtocolError
 from pyumem.stats import Counter, StatsBlock
 
-DEAD_PEER_S: Final = 30
-"""Seconds without an answer of the peer's kernel after which a lane is given up."""
+DEAD_PEER_S: Final = 300
+"""Seconds without progress after which a lane is given up.  Long: there is no way yet to take a
+migration up again, and a network that comes back after a minute, or a peer that swaps, has lost
+nothing.
+"""
 BACKGROUND_SNDBUF: Final = 256 * 1024
 """Send buffer of a background lane in bytes: what an urgent page may find ahead of it in the
 network.

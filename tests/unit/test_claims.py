@@ -125,6 +125,7 @@ def test_processes_share_it() -> None:
 
 HOLDER = """
 import sys, time
+from pyumem.shm import ProcessLock
 with ProcessLock(int(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -122,6 +122,7 @@ def test_check_asks_qemu(tmp_path: Path) -> None:
         '{"return": {}}',
         '{"return": {"qemu": {"major": 7, "minor": 2, "micro": 1}}}',
         '{"return": [{"capability": "x-ignore-shared", "state": false},'
+        '{"capability": "late-block-activate", "state": false},'
         '{"capability": "events", "state": false}%s]}',
         '{"return": {}}',
     )
