@@ -93,10 +93,11 @@ class AsyncLink:
             raise LinkError(f"{self.peer}: {e.strerror or e}") from e
         return done
 
-    async def receive(self) -> tuple[wire.Header, memoryview] | None:
+    async def receive(self, only: Kind | None = None) -> tuple[wire.Header, memoryview] | None:
         """Return the next frame, None when the peer closed the connection between two frames.
 
-        Raises LinkError, and ProtocolError that names the peer.
+        Of a frame of another kind than `only` no payload is read.  Raises LinkError, and
+        ProtocolError that names the peer.
         """
         raw = memoryview(bytearray(wire.HEADER_SIZE))
         try:
@@ -109,6 +110,8 @@ class AsyncLink:
             if done < wire.HEADER_SIZE:
                 raise LinkError(f"{self.peer}: connection closed within a header")
             header = wire.unpack(raw)
+            if only is not None and header.kind is not only:
+                raise ProtocolError(f"began with {header.kind.name} instead of {only.name}")
         except ProtocolError as e:
             raise type(e)(f"{self.peer}: {e}") from None
         payload = memoryview(bytearray(header.length))
@@ -173,14 +176,14 @@ async def admit(link: AsyncLink, token: bytes) -> Hello:
     try:
         async with asyncio.timeout(GREETING_S):
             await link.send_json(Kind.CHALLENGE, Challenge(nonce, software()).to_json())
-            frame = await link.receive()
+            frame = await link.receive(only=Kind.HELLO)
     except TimeoutError:
         raise ProtocolError(f"{link.peer}: said nothing valid within {GREETING_S:g} s") from None
     if frame is None:
         raise LinkError(f"{link.peer}: left without a word")
     header, payload = frame
-    if header.kind is not Kind.HELLO or header.length < MAC_SIZE:
-        raise ProtocolError(f"{link.peer}: began with {header.kind.name} instead of HELLO")
+    if header.length < MAC_SIZE:
+        raise ProtocolError(f"{link.peer}: began with HELLO too short for a proof")
     given, text = bytes(payload[:MAC_SIZE]), bytes(payload[MAC_SIZE:])
     if not messages.proven(messages.mac(token, "source", nonce, text), given):
         reason = "the tokens of the two hosts differ (see --token-file)"

@@ -26,12 +26,13 @@ DEFAULT_SIZE: Final = 128 << 20
 """Bytes of RAM of a QEMU without -m."""
 
 # Options of QEMU 4.2 to 11 that take no argument.  Every other option takes one.
+# Tests hold this against `qemu -help`.
 _FLAG_WORDS: Final = """
-S alt-grab ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h
-help mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-quit no-reboot no-shutdown no-user-
-config nodefaults nodefconfig nographic old-param only-migratable portrait postcopy preconfig
-rtc-td-hack sdl semihosting singlestep snapshot usb version win2k-hack xen-attach xen-domid-
-restrict
+S s alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm
+enable-sync-profile full-screen h help jitdump mem-prealloc no-acpi no-fd-bootchk no-frame
+no-hpet no-quit no-reboot no-shutdown no-user-config nodefaults nodefconfig nographic old-param
+only-migratable perfmap portrait postcopy preconfig rtc-td-hack sdl semihosting singlestep
+snapshot usb version win2k-hack xen-attach xen-domid-restrict
 """
 _FLAGS: Final = frozenset(_FLAG_WORDS.split())
 _OWN_RAM: Final = (

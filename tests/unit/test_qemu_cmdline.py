@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from pyumem import qemu_cmdline
 from pyumem.address import Address
 from pyumem.errors import UsageError
 from pyumem.qemu_cmdline import parse, parse_size, rewrite
@@ -169,3 +174,32 @@ def test_what_is_none_of_our_business_stays(line: str) -> None:
 def test_no_binary() -> None:
     with pytest.raises(UsageError, match="which QEMU"):
         parse([])
+
+
+QEMUS = [
+    pytest.param("qemu-system-x86_64", id="installed"),
+    pytest.param(str(Path(__file__).parents[2] / "build/qemu-10.0/qemu-system-x86_64"), id="10.0"),
+]
+
+
+@pytest.mark.parametrize("qemu", QEMUS)
+def test_options_without_an_argument_are_those_of_qemu(qemu: str) -> None:
+    if not shutil.which(qemu):
+        # Unit tests run anywhere; `make setup` gets both.
+        pytest.fail(f"{qemu} is missing: run make setup")
+    text = subprocess.run([qemu, "-help"], check=True, capture_output=True, text=True).stdout
+    # "-s      shorthand for ..." and "-no-user-config" alone have no argument; "-m size" has.
+    shown = re.findall(r"^-([A-Za-z][\w-]*)(?: or -[\w-]+)?([ \t]*)(\S?)", text, re.MULTILINE)
+    flags = {name for name, gap, after in shown if not after or len(gap) > 1 or "\t" in gap}
+    flags.discard("dtb")  # its line has blanks before the argument
+    assert {"S", "s", "no-user-config", "usb", "enable-kvm"} <= flags, "the help was understood"
+    assert {"m", "kernel", "qmp", "incoming"}.isdisjoint(flags)
+    assert flags <= qemu_cmdline._FLAGS
+    # Of async-teardown the help of 7.2 has one blank before the description.
+    with_argument = {name for name, _, _ in shown} - flags - {"async-teardown"}
+    assert with_argument.isdisjoint(qemu_cmdline._FLAGS)
+
+
+def test_s_does_not_swallow_the_next_option() -> None:
+    wish = parse(["qemu", "-s", "-S", "-no-user-config", "-m", "64M"])
+    assert not wish.autostart and wish.size == 64 << 20
