@@ -17,7 +17,7 @@ from pyumem.cli.common import json_option, print_json, share, size
 def command(as_json: bool) -> None:
     """List the areas that the driver has, with what is cached of each.
 
-    An area without a server has guests that wait: another `umemctl serve` can take it over.
+    An area that has no server and is not complete has a guest that waits for the rest.
 
     \b
     Examples:

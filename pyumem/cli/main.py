@@ -28,7 +28,7 @@ Exit status:
   1    failed; the VM runs where it ran
   2    the command line makes no sense
   3    refused by the peer, or a check failed
-  4    lost after the commit: the guest waits at the destination
+  4    the VM needs you: lost after the commit, or it could not be continued
   5    not supported yet
   130  interrupted before the commit; the VM runs at the source
 
