@@ -128,6 +128,7 @@ def arrival_report(urgent: Totals, background: Totals) -> dict[str, Any]:
     }
 
 
+_MAX_INT = 1 << 63
 _ARRIVED = ("demand_latency_p50_us", "demand_latency_p99_us", "demand_latency_max_us")
 
 
@@ -135,7 +136,7 @@ def take_arrival(report: Report, told: Mapping[str, Any]) -> None:
     """Take over what only the destination knows, as far as it has the right form."""
     for name in _ARRIVED:
         value = told.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) or (type(value) is int and abs(value) < _MAX_INT):
             setattr(report, name, float(value))
     requests = told.get("requests")
     if isinstance(requests, int) and requests >= 0:

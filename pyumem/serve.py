@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -28,6 +29,8 @@ from pyumem.incoming import IncomingRequest, IncomingVm
 log = logging.getLogger(__name__)
 
 _HISTORY: Final = 20
+_SECOND_S: Final = 60.0
+"""Seconds within which a second signal is meant as one."""
 
 
 class Daemon:
@@ -40,7 +43,8 @@ class Daemon:
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._stop = asyncio.Event()
-        self._warned = False
+        self._warned_of: list[str] = []
+        self._warned_at = 0.0
         self._commands: dict[
             str, Callable[[dict[str, Any], asyncio.Event], Awaitable[dict[str, Any]]]
         ] = {"status": self._status, "incoming": self._incoming}
@@ -57,6 +61,8 @@ class Daemon:
         ):
             async with ControlServer(runtime.serve_socket(), self._answer):
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    if signal.getsignal(number) is signal.SIG_IGN:
+                        continue  # nohup
                     loop.add_signal_handler(number, self.request_stop, number.name)
                 log.info(
                     "ready on %s (pid %d, %s)",
@@ -74,11 +80,12 @@ class Daemon:
     def request_stop(self, why: str) -> None:
         """End, unless a guest depends on this process and this is the first time."""
         dependent = [vm.name for vm in self._vms.values() if vm.depends_on_us]
-        if dependent and not self._warned:
-            self._warned = True
+        now = time.monotonic()
+        if dependent and not (self._warned_of == dependent and now - self._warned_at < _SECOND_S):
+            self._warned_of, self._warned_at = dependent, now
             log.warning(
                 "%s: not stopping: %s still get(s) memory through this process; "
-                "a second signal stops it all the same, and the guest then waits",
+                "a second signal within a minute stops it all the same, and the guest then waits",
                 *(why, ", ".join(dependent)),
             )
             return

@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from pyumem.cli.common import size
+from pyumem.cli.common import plain, size
 from pyumem.cli.display import Rate, Watched
 from pyumem.report import Progress as Snapshot
 
@@ -24,7 +24,7 @@ class BarDisplay:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>5.1f} %"),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", markup=False),
             console=Console(stderr=True),
             transient=True,
         )
@@ -46,7 +46,7 @@ class BarDisplay:
 
     def tell(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(f"umemctl: {text}", highlight=False, markup=False)
+        self._bar.console.print(f"umemctl: {plain(text)}", highlight=False, markup=False)
 
     async def follow(self, watched: Watched) -> None:
         """Draw until cancelled."""

@@ -56,6 +56,11 @@ def quiet_qmp() -> None:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
+def plain(text: object) -> str:
+    """Return text of a peer so that it cannot steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
 def size(nr_bytes: float) -> str:
     """Return a size for people."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

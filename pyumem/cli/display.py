@@ -12,7 +12,7 @@ from typing import Final, Protocol, Self
 
 import click
 
-from pyumem.cli.common import share, size
+from pyumem.cli.common import plain, share, size
 from pyumem.ram import PAGE_SIZE
 from pyumem.report import Progress, Report
 
@@ -86,7 +86,7 @@ class PlainDisplay:
 
     def tell(self, text: str) -> None:
         """Print a line."""
-        click.echo(f"umemctl: {text}", err=True)
+        click.echo(f"umemctl: {plain(text)}", err=True)
 
     async def follow(self, watched: Watched) -> None:
         """Print progress until cancelled."""
@@ -138,11 +138,13 @@ def show_report(report: Report) -> None:
     """Print the table at the end."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False)
 
     def row(label: str, value: object) -> None:
-        table.add_row(label, str(value))
+        # Text: an address in brackets is no markup.
+        table.add_row(label, Text(plain(value)))
 
     row("VM", f"{report.vm} to {report.destination}")
     row("result", report.state.value)

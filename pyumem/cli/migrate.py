@@ -114,6 +114,8 @@ async def _migrate(plan: Plan) -> tuple[int, Report]:
     migration = Migration(plan, display.tell)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue  # nohup
         name = "Ctrl-C" if number == signal.SIGINT else number.name
         loop.add_signal_handler(number, migration.interrupt, name)
     with display:

@@ -24,7 +24,7 @@ def command(token_file: Path | None, verbose: bool) -> None:
 
     SIGTERM and SIGINT end it: QEMUs that still wait for their VM are ended, migrations before their
     commit are given up (their VMs go on at the source).  While a guest here still gets its memory
-    through the daemon, the first signal only says so; a second one ends it all the same, and the
+    through the daemon, the first signal only says so; a second one within a minute ends it, and the
     guest then waits for its missing pages.
 
     \b

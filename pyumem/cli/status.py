@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyumem import runtime
-from pyumem.cli.common import json_option, print_json, share, size
+from pyumem.cli.common import json_option, plain, print_json, share, size
 from pyumem.control import ControlClient
 from pyumem.errors import ControlError
 
@@ -63,24 +63,26 @@ def command(as_json: bool) -> None:
 def _show(serve: dict[str, Any] | None, migrations: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    # markup=False: a name or an address in brackets is text here, not rich's markup.
+    console = Console(markup=False, highlight=False)
     if serve is None:
         console.print(f"no `umemctl serve` answers on {runtime.serve_socket()}")
     else:
         console.print(f"umemctl serve: pid {serve['pid']}, {len(serve['vms'])} VM(s) expected")
         for vm in serve["vms"]:
-            console.print(_incoming_line(vm), highlight=False)
+            console.print(_incoming_line(vm))
         for vm in serve["history"]:
             reason = f": {vm['reason']}" if vm["reason"] else ""
-            console.print(f"  {vm['name']}: {vm['state']}{reason}", highlight=False)
+            console.print(f"  {vm['name']}: {vm['state']}{plain(reason)}")
     if not migrations:
         return
     table = Table("VM", "to", "state", "pages", "demand", "background", "zero", "moved")
     for one in migrations:
         table.add_row(
-            one["name"],
-            one["destination"],
+            Text(one["name"]),
+            Text(one["destination"]),
             one["state"],
             share(one["pages_done"], one["pages_total"]),
             *(str(one[f"pages_{kind}"]) for kind in ("demand", "background", "zero")),
@@ -99,5 +101,5 @@ def _incoming_line(vm: dict[str, Any]) -> str:
     if migration := vm["migration"]:
         line += f", from {migration['peer']}"
         if migration["reason"]:
-            line += f"\n    {migration['reason']}"
+            line += f"\n    {plain(migration['reason'])}"
     return line

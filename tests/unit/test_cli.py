@@ -12,9 +12,10 @@ from click.testing import CliRunner, Result
 
 import pyumem
 from pyumem import checks
+from pyumem.cli import status
 from pyumem.cli.display import show_report
 from pyumem.cli.main import _COMMANDS, main
-from pyumem.report import Report, State
+from pyumem.report import Report, State, take_arrival
 
 Umemctl = Callable[..., Result]
 
@@ -137,3 +138,32 @@ def test_check_asks_qemu(tmp_path: Path) -> None:
         assert finding.level is level and "7.2.1" in finding.text
     qemu.write_text("#!/bin/sh\nexit 1\n")
     assert "does not answer on QMP" in checks.qemu(str(qemu)).text
+
+
+# --- text of a peer ---
+
+
+def test_brackets_and_control_characters_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """An IPv6 address is no markup of rich's, and a reason cannot steer the terminal."""
+    address = "tcp:[fd00::1]:4444"
+    migration = {"state": "failed", "peer": "[fe80::1]:40000", "reason": "no[/x]\x1b[2J"}
+    vm = {"name": "vm1", "state": "failed", "listen": address, "areas": [], "migration": migration}
+    serve = {"pid": 1, "vms": [vm], "history": [{**migration, "name": "vm0"}]}
+    counts = dict.fromkeys(
+        ("pages_done", "pages_total", "pages_demand", "pages_background", "pages_zero"), 1
+    )
+    running = {"name": "vm2", "destination": address, "state": "device", "bytes_moved": 1, **counts}
+    status._show(serve, [running])
+    report = Report("vm1", address, "0", State.COMPLETED, guest_ended="[/x]\x1b")
+    show_report(report)
+    text = capsys.readouterr().out.replace("\n", "")
+    for word in (address, "from [fe80::1]:40000", "no[/x]", "[/x]\N{REPLACEMENT CHARACTER}"):
+        assert word in text, word
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("value", [10**400, "x", True, None, -1, [1]])
+def test_a_destination_that_tells_nonsense(value: object) -> None:
+    report = Report("vm1", "tcp:a:1", "0", State.COMPLETED)
+    take_arrival(report, {"demand_latency_p50_us": value, "requests": value, "guest_ended": value})
+    json.dumps(report.to_json())
