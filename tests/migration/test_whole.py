@@ -43,8 +43,9 @@ def test_a_working_guest_moves(
     accel: str, vcpus: int, workload: str, qemu: str, tmp_path: Path
 ) -> None:
     spec = replace(SPEC, accel=accel, vcpus=vcpus, writers=vcpus, workload=workload)
-    if workload == "ab":
-        spec = replace(spec, writers=1)
+    if accel == "kvm":
+        # QEMU 10 cannot load the nested state of an emulated AMD processor; the guest needs none.
+        spec = replace(spec, extra=("-cpu", "host,-svm"))
     with world(tmp_path) as w:
         serve = w.serve()
         source_qemu, before = w.guest(spec, qemu=qemu)

@@ -132,6 +132,16 @@ class World:
         eventually(waiting, why=f"{name} does not wait: {program.said()}")
         return program, self.stack.enter_context(GuestConsole(serial))
 
+    def guest_refused(self, spec: GuestSpec, name: str = "vm1") -> str:
+        """Try to start a guest that umem-qemu has to refuse; return what it says."""
+        program = self.start(
+            self.source,
+            *(LAUNCHER, os.environ["UMEM_QEMU"], "-name", name),
+            *spec.qemu_args(self.tmp / "refused.serial"),
+        )
+        assert program.wait() != 0
+        return program.said()
+
     def migrate(self, *arguments: str, vm: str = "vm1") -> Program:
         return self.start(
             self.source,
@@ -172,7 +182,12 @@ class World:
 def world(tmp: Path, link: Link | None = None) -> Iterator[World]:
     """Both hosts, with nothing running."""
     with two_hosts(link) as (source, destination), contextlib.ExitStack() as stack:
-        yield World(source, destination, tmp, stack)
+        try:
+            yield World(source, destination, tmp, stack)
+        except BaseException:
+            for log in sorted(tmp.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+            raise
 
 
 def report_of(migrate: Program) -> dict[str, Any]:
