@@ -18,7 +18,7 @@ from pyumem.area import Area
 
 from .support import PAGE, Agent, areas, content, module_refs, serve, take_pages, wait_until
 
-MODULE = Path(os.environ.get("UMEM_BUILD", "build")) / "kmod" / os.environ["UMEM_KERNEL"]
+MODULE = Path(os.environ.get("UMEM_BUILD", "build")) / "kmod" / os.environ.get("UMEM_KERNEL", "6.1")
 
 
 def unload() -> bool:

@@ -81,9 +81,12 @@ def test_a_page_is_queued_once_however_many_want_it(area: Area, agent: Agent) ->
     assert area.info().nr_delivered == 1
 
 
-def test_only_who_waits_for_the_marked_page_is_woken(area: Area, agent: Agent) -> None:
-    """Pages 1 and 65 would share a bucket of 64; nobody else's thread even runs."""
-    pages = [1, 2, 3, 33, 63, 0]
+def test_only_who_waits_for_the_marked_page_is_woken(
+    new_area: Callable[[int], Area], agent: Agent
+) -> None:
+    """Nobody else's thread even runs, also where pages share one of 64 or 256 wait queues."""
+    area = new_area(1024)
+    pages = [1, 65, 257, 513, 2, 66]
     base = agent.map_node(area)
     pending = agent.touch_all(base, pages)
     tids = {page: agent.tid(slot) for slot, page in enumerate(pages, 1)}
