@@ -69,7 +69,8 @@ def vm_part(name: str, kernel: str, machine: list[str], arguments: list[str]) ->
     report = RESULTS / f"{name}-{kernel}.xml"
     argv = [sys.executable, "-m", "tests.vm", "run", "--kernel", kernel, *machine]
     argv += ["--name", f"{name}-{kernel}", "--timeout", str(VM_SECONDS)]
-    command = shlex.join(_pytest(report, arguments))
+    # An emulated machine that shares its host with others is slow, and not wrong for that.
+    command = shlex.join(_pytest(report, ["--timeout=900", *arguments]))
     return Part(f"{name} {kernel}", [*argv, "--shell-command", command], report)
 
 

@@ -21,7 +21,7 @@ from tests.vm.hosts import Host, Link, two_hosts
 LAUNCHER = str(Path(__file__).parents[2] / "qemu-hooks" / "umem-qemu")
 PORT = 4444
 # The machine is emulated, perhaps busy: what takes a second elsewhere takes many here.
-PATIENCE = 90.0
+PATIENCE = 200.0
 
 
 T = TypeVar("T")
