@@ -103,6 +103,7 @@ class Migration:
         self._was_running = False
         self._recorded = False
         self._aborted = False
+        self._begun: set[Lane] = set()
         self._qemu: Qemu | None = None
         self._ram: list[RamBlock] = []
         self._ram_fds: list[int] = []
@@ -170,6 +171,10 @@ class Migration:
                 self._go(Lane.BACKGROUND)
 
     def _go(self, lane: Lane) -> None:
+        """Let the workers of a lane begin.  Once: they take a second word for the end."""
+        if lane in self._begun:
+            return
+        self._begun.add(lane)
         for (kind, _), worker in self._lanes.items():
             if kind is lane:
                 worker.command("go")
@@ -456,7 +461,10 @@ class Migration:
         """Set what this migration needs; put it back at the end if QEMU is still there."""
         known = await qemu.capabilities()
         parameters = await qemu.execute("query-migrate-parameters")
-        before = {name: known[name] for name in SOURCE_CAPABILITIES}
+        # What somebody else has switched on (multifd, return-path) would have QEMU talk to a peer
+        # that is not there.
+        foreign = [name for name, on in known.items() if on and name not in SOURCE_CAPABILITIES]
+        before = {name: known[name] for name in (*SOURCE_CAPABILITIES, *foreign)}
 
         async def restore() -> None:
             if self.state.committed:
@@ -469,7 +477,9 @@ class Migration:
                     )
 
         stack.push_async_callback(restore)
-        await qemu.set_capabilities(dict.fromkeys(SOURCE_CAPABILITIES, True))
+        await qemu.set_capabilities(
+            dict.fromkeys(SOURCE_CAPABILITIES, True) | dict.fromkeys(foreign, False)
+        )
         await qemu.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BANDWIDTH)
 
     async def _relay(self, listener: socket.socket, qemu: Qemu) -> None:
