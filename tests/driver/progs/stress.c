@@ -297,6 +297,7 @@ static void with_a_mapping(unsigned int *state)
 	unsigned long count = 1 + roll(state, area.npages - start), n;
 	uint64_t *map = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, consumer_fd,
 			     start * PAGE);
+	bool split = false;
 
 	if (map == MAP_FAILED)
 		die("mmap");
@@ -304,25 +305,27 @@ static void with_a_mapping(unsigned int *state)
 		n = roll(state, count);
 		switch (roll(state, 6)) {
 		case 0:
+			split = true;
 			mprotect(map + n * WORDS, (count - n) * PAGE, PROT_READ);
 			check_page(map + n * WORDS, start + n, state);
 			mprotect(map, count * PAGE, PROT_READ | PROT_WRITE);
 			break;
 		case 1: {
-			/* Move all of it somewhere else. */
+			/*
+			 * Move all of it somewhere else, if it is in one piece.  (Were it
+			 * not, the call would fail with the room unmapped already, and
+			 * another thread might have something there by now.)
+			 */
+			if (split)
+				break;
 			void *room = mmap(NULL, count * PAGE, PROT_NONE,
 					  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 			void *moved = mremap(map, count * PAGE, count * PAGE,
 					     MREMAP_MAYMOVE | MREMAP_FIXED, room);
 
-			if (moved != MAP_FAILED) {
-				map = moved;
-			} else {
-				/* A change of rights may have left it in two pieces. */
-				if (errno != EFAULT)
-					die("mremap");
-				munmap(room, count * PAGE);
-			}
+			if (moved == MAP_FAILED)
+				die("mremap");
+			map = moved;
 			break;
 		}
 		case 2:
@@ -332,9 +335,13 @@ static void with_a_mapping(unsigned int *state)
 			check_page(map + n * WORDS, start + n, state);
 		}
 	}
-	if (count > 3)
+	/* In pieces, none of them twice: somebody may map something into a hole at once. */
+	n = count > 3 ? 2 : 0;
+	if (n) {
 		munmap(map + WORDS, PAGE);
-	munmap(map, count * PAGE);
+		munmap(map, PAGE);
+	}
+	munmap(map + n * WORDS, (count - n) * PAGE);
 }
 
 static void *consumer_thread(void *arg)
