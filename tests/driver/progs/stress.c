@@ -232,8 +232,12 @@ static void reattach(unsigned int *state)
 		close(old);
 		usleep(roll(state, 5000));
 	}
-	if (ioctl(control, UMEM_DEV_REATTACH, &arg))
-		die("reattach");
+	/* Busy: a consumer that has just been forked has not closed its copy yet. */
+	for (int tries = 0; ioctl(control, UMEM_DEV_REATTACH, &arg); tries++) {
+		if (errno != EBUSY || force || tries == 5000)
+			die("reattach");
+		usleep(1000);
+	}
 	close(arg.shmem_fd);
 	if (fcntl(arg.server_fd, F_SETFL, O_NONBLOCK))
 		die("fcntl");
