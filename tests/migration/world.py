@@ -106,7 +106,7 @@ class World:
             self.source, LAUNCHER, os.environ[qemu], "-name", name, *spec.qemu_args(serial)
         )
         console = self.stack.enter_context(GuestConsole(serial))
-        console.wait("ready", timeout=2 * PATIENCE)
+        console.wait("ready", timeout=4 * PATIENCE)  # tcg within tcg
         return program, console
 
     def expect(
