@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _RESUME_S: Final = 30.0
-_ABORT_S: Final = 5.0
+_ABORT_S: Final = 15.0
 _PIECE: Final = 32 * 1024
 """Bytes of device state in one frame: an ABORT waits for one."""
 _STILL_S: Final = 90.0

@@ -34,7 +34,7 @@ from tests.vm.hosts import Link
 SPEC = GuestSpec(workload="verify", writers=1, mb=24, memory="96M")
 FAST = Link()
 # Device state takes seconds then: long enough to break something while it moves.
-SLOW = Link(rate="300kbit", delay="1ms")
+SLOW = Link(rate="500kbit", delay="1ms")
 
 
 class Scene:
