@@ -20,7 +20,7 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "test"
 IN_VM = ("tests/driver", "tests/migration")
-VM_SECONDS = 2400
+VM_SECONDS = 3000
 """Time limit of one machine."""
 
 
