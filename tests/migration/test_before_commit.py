@@ -111,7 +111,18 @@ def test_bad_peers_of_a_waiting_vm(scene: Scene) -> None:
 
     assert w.vm()["state"] == "waiting"
     scene.still_here()
-    qemu.end()
+
+    # One that has the token, and a page past the end: its migration fails, with its name.
+    lie = wire.pack_pages(0, 32768, 1, 4096) + bytes(4096)
+    address = w.destination.address
+    liar = w.start(
+        w.source, *("python", "-m", "tests.migration.liar", address, str(PORT), lie.hex())
+    )
+    assert liar.wait() == 0, liar.said()
+    for said in (liar, serve):
+        said.wait_said("PAGES of 1 page(s) from page 32768 on, area vm1.ram0 has 32768 pages")
+    assert "ABORT" in liar.said()
+    qemu.wait()
     scene.nothing_left()
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.migration.world import World, alive, eventually, report_of, world
+from tests.migration.world import PATIENCE, World, alive, eventually, report_of, world
 from tests.vm.guest import GuestSpec
 
-SPEC = GuestSpec(workload="verify", writers=1, mb=24, memory="96M")
+SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M")
 PAGES = 96 * 256
 
 
@@ -49,10 +49,15 @@ def test_a_working_guest_moves(
     with world(tmp_path) as w:
         serve = w.serve()
         source_qemu, before = w.guest(spec, qemu=qemu)
+        # It works while it moves; what comes before has the emulated CPUs for itself.
+        before.wait("tick", timeout=PATIENCE)
+        before.send("stop")
         destination_qemu, after = w.expect(spec, qemu=qemu)
         (area,) = w.areas()
         assert area.name == "vm1.ram0" and area.nr_cached == 0 and area.served
         migrate = w.migrate("--json", "--background-lanes", "2")
+        serve.wait_said("migration of vm1 begins")
+        before.send("go")
         assert migrate.wait(300) == 0, migrate.said()
         told = report_of(migrate)
         assert source_qemu.wait() == 0
