@@ -447,7 +447,7 @@ class Migration:
                 async with asyncio.timeout(_STILL_S):
                     await qemu.execute("migrate-continue", state="pre-switchover")
                     await qemu.wait_migration("completed")
-                    # Shielded: a Ctrl-C here must not cut a frame in two, the ABORT comes behind it.
+                    # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
                     await asyncio.shield(relay)
                     # All is out.  From here on nobody at a monitor or on a serial port can move it.
                     qemu.freeze()
