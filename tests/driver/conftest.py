@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
-import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -29,38 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(60))
 
 
-KVM_CREATE_VM = 0xAE01
-
-
-@contextlib.contextmanager
-def one_processor() -> Iterator[None]:
-    """Take all processors but the first offline."""
-    switches = sorted(Path("/sys/devices/system/cpu").glob("cpu[1-9]*/online"))
-    for switch in switches:
-        switch.write_text("0")
-    yield
-    for switch in switches:
-        switch.write_text("1")
-
-
 @pytest.fixture(scope="session", autouse=True)
-def idle_machine() -> Iterator[None]:
-    """Keep one idle KVM machine, made before the tests and unmade after them.
-
-    The first one that comes and the last one that goes have the kernel patch its scheduler (the
-    static key of preempt notifiers).  A processor that QEMU emulates may run the breakpoint of
-    that patch when the others think that it is over, and the kernel dies ("Oops: int3" in
-    __schedule).  So let it happen once, and where only one processor runs.
-    """
+def driver() -> None:
+    """Stop at once when there is nothing to test."""
     if not Path(uapi.DEVICE).exists():
         pytest.exit("no umem driver here; try: make test T=tests/driver", returncode=2)
-    with one_processor():
-        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        machine = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-    yield
-    with one_processor():
-        os.close(machine)
-        os.close(kvm)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The test machine keeps its promises; each test here boots one, from the host."""
 
+import re
 import subprocess
 import sys
 import time
@@ -60,3 +61,11 @@ def test_a_broken_kernel_ends_the_machine_at_once() -> None:
 def test_a_command_that_takes_too_long_is_ended() -> None:
     done = boot("self-timeout", "sleep 600", "--timeout", "45", "--no-module")
     assert done.returncode == harness.EXIT_TIMEOUT, done.stderr
+
+
+def test_processors_see_code_that_was_patched() -> None:
+    """With an emulator that gets this wrong the machine dies within seconds ("Oops: int3")."""
+    done = boot("self-patching", "python tests/harness/patching.py 10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    patched = re.search(r"patched (\d+) times", done.stdout)
+    assert patched and int(patched[1]) > 20

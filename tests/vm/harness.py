@@ -84,31 +84,36 @@ def kernel_release(line: str) -> str:
         raise VmError(f"no kernel {line} under {path.parent}: run make setup") from None
 
 
-def prelude() -> str:
+def prelude(kernel: str) -> str:
     """Return the script that init runs: it readies the file systems, then runs $1.
 
     Every program that is started over 9p costs, so busybox does it all, from a
     copy in memory, until the disk of scripts/make-vm-image.sh is in place.
+
+    virtme-ng would put the modules below the host's /lib/modules, which a host
+    without kernel packages does not have: the disk brings the directory.
     """
     root = shlex.quote(str(ROOT))
+    tree = BUILD / "kernels" / kernel
+    release = kernel_release(kernel)
+    modules = shlex.quote(str(tree / "lib" / "modules" / release))
     venv = shlex.quote(str(ROOT / ".venv"))
     lines = [
         "#!/bin/busybox sh",
         "# Written by tests/vm/harness.py.",
         "/bin/busybox cp /bin/busybox /run/busybox",
         'b() { /run/busybox "$@"; }',
-        "b mkdir -p /run/image /run/modules /run/new-tmp",
-        "b modprobe -a virtio_blk ext4 overlay",
+        "b mkdir -p /run/image /run/new-tmp",
+        f"/sbin/modprobe -d {shlex.quote(str(tree))} -a virtio_blk ext4 overlay",
         "b mount -t ext4 -o ro,noload /dev/vda /run/image || exit 1",
         f"b mount -t overlay -o lowerdir=/run/image/venv:{venv} venv {venv}",
     ]
     for name in ("qemu-10.0", "guest"):
         lines.append(f"b mount --bind /run/image/{name} {shlex.quote(str(BUILD / name))}")
     lines += [
-        # The modules hang below /usr/lib on a mount of their own.
-        "b mount --bind /usr/lib/modules /run/modules",
         "b mount -t overlay -o lowerdir=/run/image/usr:/usr usr /usr",
-        "b mount --bind /run/modules /usr/lib/modules",
+        "b mount -t tmpfs modules /usr/lib/modules",
+        f"b ln -s {modules} /usr/lib/modules/{release}",
         # A fresh /tmp; a checkout that lies under it stays where it is.
         "b mount -t tmpfs -o mode=1777 tmp /run/new-tmp",
     ]
@@ -198,6 +203,11 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
     ]
     if BUILD.resolve() != (ROOT / "build").resolve():
         argv += ["--rwdir", str(BUILD)]
+    # Not Debian 12's own: before 8.1 an emulated processor could keep running a
+    # translation of code that another one had patched meanwhile.  The kernel
+    # patches itself (static keys); one that still met the breakpoint of a patch
+    # that was over died by "Oops: int3".
+    argv += ["--qemu-bin", str(BUILD / "qemu-10.0" / "qemu-system-x86_64")]
     if not accel_kvm:
         argv += ["--disable-kvm"]
         # Emulated TSCs agree, but the kernel does not believe it and would read
@@ -329,7 +339,7 @@ def run(config: VmConfig) -> int:
     script = directory / f"{config.name}.sh"
     script.write_text(inner_script(config))
     init = script.with_suffix(".init")
-    init.write_text(prelude())
+    init.write_text(prelude(config.kernel))
     # The shell's name is all that virtme-run takes, so that it is the first
     # script that knows the second one there.
     shell = script.with_suffix(".shell")
