@@ -16,7 +16,8 @@ say vm-image "writing build/vm/root.img"
 
 stage=$BUILD/vm/root.new
 rm -rf "$stage"
-mkdir -p "$stage/usr" "$stage/venv"
+# The machine hangs its modules into lib/modules.
+mkdir -p "$stage/usr/lib/modules" "$stage/venv"
 
 # put FILE...: copies files or directories of /usr into the stage.
 put() {
