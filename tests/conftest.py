@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On a busy host slow input is no sign of a bad test.
+settings.register_profile("umem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("umem")
 
 TESTS = Path(__file__).parent
 IN_VM = ("driver", "migration")
