@@ -201,8 +201,8 @@ def migrate(spec: GuestSpec, link: Link, flags: tuple[str, ...], logs: Path) -> 
         if "-n" in flags:
             step(f"-n: nothing but what the guest touches, for {DEMAND_ONLY_SECONDS:.0f} s")
             time.sleep(DEMAND_ONLY_SECONDS)
-            step("source: umemctl background vm1 on, so that it comes to an end")
-            done = source.run(["umemctl", "background", "vm1", "on"])
+            step("source: umemctl background vm1, so that it comes to an end")
+            done = source.run(["umemctl", "background", "vm1"])
             if done.returncode:
                 raise click.ClickException(done.stderr.strip())
         report = migration.finish(timeout=300 * slow)
