@@ -176,6 +176,7 @@ class IncomingVm:
                 return False
             self._qemu = attach.result()
             await self._qemu.require_capabilities(DESTINATION_CAPABILITIES)
+            self._qemu.identify({area.name: area.shmem_fd for area in self._areas})
             await self._qemu.set_capabilities(dict.fromkeys(DESTINATION_CAPABILITIES, True))
             await self._qemu.execute("migrate-incoming", uri=f"unix:{self.request.incoming}")
         except UmemError as e:
@@ -236,10 +237,14 @@ class IncomingVm:
                 stack.push_async_callback(self._qemu.close)
                 if not (self.migration and self.migration.state.committed):
                     # It has no VM and will not get one.
-                    stack.push_async_callback(self._qemu.end, _END_PATIENCE_S)
+                    stack.push_async_callback(self._end_qemu, self._qemu)
             if self.migration:
                 stack.push_async_callback(self.migration.close)
         log.info("%s: released (%s)", self.name, self.state)
+
+    async def _end_qemu(self, qemu: Qemu) -> None:
+        if not await qemu.end(_END_PATIENCE_S):
+            log.error("%s: QEMU (pid %d) does not end: kill it", self.name, qemu.pid)
 
     def _release_files(self) -> None:
         for sock in self._sockets:

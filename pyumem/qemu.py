@@ -22,7 +22,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -62,6 +62,7 @@ class Qemu:
         self.path: Final = path
         self.pid: Final = pid
         self._pidfd = pidfd
+        self._identified = False
         self._changed = asyncio.Condition()
         self._listener = EventListener()
         self._tasks: list[asyncio.Task[None]] = []
@@ -270,30 +271,51 @@ class Qemu:
             )
         return sorted(blocks, key=lambda block: block.id)
 
-    def check_maps(self, block: RamBlock, fd: int) -> None:
-        """Check that the process has this very file mapped: it is the VM, and that is its RAM.
+    def identify(self, ram: Mapping[str, int]) -> None:
+        """Check that the process has the VM's RAM; only then it is the VM, and may be signalled.
 
-        fd is an open of block.path.  An area of the driver is mapped under another inode, and is
-        not checked.  Raises CheckError.
+        ram has an open descriptor for each RAM block's name.  Whoever called listen() on the QMP
+        socket may be a manager or a proxy instead, and a pid may have been used again.  Raises
+        CheckError.
         """
-        status = os.fstat(fd)
-        if stat.S_ISCHR(status.st_mode):
-            return
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
         try:
-            lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
+            mapped, devices = self._mapped_files(), self._open_devices()
         except OSError as e:
             raise CheckError(
                 f"cannot see what QEMU (pid {self.pid}) has mapped: {e.strerror}; run as its user"
             ) from e
-        for line in lines:
+        for name, fd in ram.items():
+            status = os.fstat(fd)
+            # An area of the driver is mapped under another inode than that of its node.
+            if stat.S_ISCHR(status.st_mode):
+                found = status.st_rdev in devices
+            else:
+                found = (status.st_dev, status.st_ino) in mapped
+            if not found:
+                raise CheckError(
+                    f"RAM block {name}: process {self.pid}, which answers on {self.path}, does not "
+                    "have its file mapped: the file was replaced, or that is not QEMU but a proxy"
+                )
+        self._identified = True
+
+    def _mapped_files(self) -> set[tuple[int, int]]:
+        """Return device and inode of each file that the process has mapped."""
+        found = set()
+        for line in Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines():
             fields = line.split(maxsplit=5)
-            if fields[3] == device and int(fields[4]) == status.st_ino:
-                return
-        raise CheckError(
-            f"RAM block {block.id}: process {self.pid}, which answers on {self.path}, does not "
-            f"have {block.path} mapped: the file was replaced, or that is not QEMU but a proxy"
-        )
+            major, minor = (int(part, 16) for part in fields[3].split(":"))
+            found.add((os.makedev(major, minor), int(fields[4])))
+        return found
+
+    def _open_devices(self) -> set[int]:
+        """Return the number of each character device that the process has open."""
+        found = set()
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                status = link.stat()
+                if stat.S_ISCHR(status.st_mode):
+                    found.add(status.st_rdev)
+        return found
 
     # --- the end ---
 
@@ -329,28 +351,19 @@ class Qemu:
         return await self.wait_exit(_QUIT_S)
 
     def _signal(self, number: signal.Signals) -> None:
+        if not self._identified:
+            raise QemuError(f"process {self.pid} is not known to be QEMU: no {number.name} for it")
         try:
             signal.pidfd_send_signal(self._pidfd, number)
         except OSError as e:
             raise QemuError(f"QEMU (pid {self.pid}): {number.name}: {e.strerror}") from e
 
-    async def end(self, patience: float = _QUIT_S) -> None:
-        """End the process for certain: quit, and SIGKILL for one that does not hear within
-        `patience` seconds.
+    async def end(self, patience: float = _QUIT_S) -> bool:
+        """End the process: quit, and SIGKILL for one that does not hear within `patience` seconds.
 
-        The pidfd was opened when the socket was, so that no other process can be hit.
+        Tells whether it is gone.
         """
         with contextlib.suppress(QemuError, TimeoutError):
             async with asyncio.timeout(patience):
                 await self.execute("quit")
-        if not await self.wait_exit(patience):
-            await self.kill()
-
-
-@contextlib.asynccontextmanager
-async def closing(qemu: Qemu) -> AsyncIterator[Qemu]:
-    """Close at the end, whatever the end is."""
-    try:
-        yield qemu
-    finally:
-        await qemu.close()
+        return await self.wait_exit(patience) or await self.kill()

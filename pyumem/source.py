@@ -299,12 +299,12 @@ class Migration:
             except OSError as e:
                 raise CheckError(f"RAM block {block.id}: {block.path}: {e.strerror}") from e
             self._ram_fds.append(fd)
-            qemu.check_maps(block, fd)
             # The launcher looks at this when its QEMU ends: we remove the file then, not it.
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CheckError(f"RAM block {block.id}: {block.path} is locked") from None
+        qemu.identify({b.id: fd for b, fd in zip(self._ram, self._ram_fds, strict=True)})
         self._claims = ClaimMap.create(Slots([block.size // PAGE_SIZE for block in self._ram]))
 
     def _hello(self, lane: Lane, index: int = 0) -> Hello:
