@@ -3,7 +3,8 @@
 answer for question.
 
 A question is {"command": NAME, ...}; an answer {"ok": true, ...} or {"ok": false, "error": TEXT}.
-A question is answered from memory: no handler waits for the network or touches guest memory.
+An asker that stays may be told more later: {"event": NAME, ...}.  A question is answered from
+memory: no handler waits for the network or touches guest memory.
 """
 
 from __future__ import annotations
@@ -22,8 +23,31 @@ from pyumem.errors import ControlError, UmemError
 
 MAX_LINE: Final = 256 * 1024
 
-Handler = Callable[[dict[str, Any], asyncio.Event], Awaitable[dict[str, Any]]]
-"""Answers one question.  The event is set when the asker has closed its connection."""
+
+class Asker:
+    """Whoever asked, as a handler may keep it."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        """Speak on this connection, which stays the server's."""
+        self._writer = writer
+        self.gone: Final = asyncio.Event()
+        """Set when the connection is closed, by whichever side."""
+
+    def tell(self, event: str, **more: object) -> None:
+        """Tell something unasked, at once.  One that is gone is no error."""
+        self._writer.write(_line({"event": event, **more}))
+
+    def dismiss(self) -> None:
+        """Close the connection, after what was told."""
+        self._writer.close()
+
+
+Handler = Callable[[dict[str, Any], Asker], Awaitable[dict[str, Any]]]
+"""Answers one question."""
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 class ControlServer:
@@ -74,27 +98,26 @@ class ControlServer:
         assert task is not None
         task.set_name(f"control {self._path.name}")
         self._open.add(task)
-        gone = asyncio.Event()
+        asker = Asker(writer)
         try:
             while line := await reader.readline():
-                answer = await self._answer(line, gone)
-                writer.write(json.dumps(answer).encode() + b"\n")
+                writer.write(_line(await self._answer(line, asker)))
                 await writer.drain()
         except (OSError, ValueError, asyncio.CancelledError):
             pass  # a line that is too long, a client that left, or our own end
         finally:
-            gone.set()
+            asker.gone.set()
             self._open.discard(task)
             writer.close()
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await writer.wait_closed()
 
-    async def _answer(self, line: bytes, gone: asyncio.Event) -> dict[str, Any]:
+    async def _answer(self, line: bytes, asker: Asker) -> dict[str, Any]:
         try:
             question = json.loads(line)
             if not isinstance(question, dict) or not isinstance(question.get("command"), str):
                 raise ControlError("a question is a JSON object with a 'command'")
-            return {"ok": True, **await self._handler(question, gone)}
+            return {"ok": True, **await self._handler(question, asker)}
         except (UmemError, ValueError) as e:
             return {"ok": False, "error": str(e), "exit_status": getattr(e, "exit_status", 1)}
 
@@ -123,16 +146,28 @@ class ControlClient:
         Raises ControlError, with the daemon's words when it said no.
         """
         try:
-            self._sock.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
-            line = self._file.readline(MAX_LINE)
-            answer = json.loads(line) if line else None
-        except (OSError, ValueError) as e:
+            self._sock.sendall(_line({"command": command, **more}))
+        except OSError as e:
             raise ControlError(f"{self._path}: {e}") from e
-        if not isinstance(answer, dict):
-            raise ControlError(f"{self._path}: the daemon closed the connection")
+        answer = self.listen()
         if not answer.get("ok"):
             raise ControlError(str(answer.get("error")))
         return answer
+
+    def listen(self) -> dict[str, Any]:
+        """Return what the daemon says next.  Raises ControlError, also when it is gone."""
+        try:
+            line = self._file.readline(MAX_LINE)
+            said = json.loads(line) if line else None
+        except (OSError, ValueError) as e:
+            raise ControlError(f"{self._path}: {e}") from e
+        if not isinstance(said, dict):
+            raise ControlError(f"{self._path}: the daemon closed the connection")
+        return said
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll: readable means a word, or that the daemon is gone."""
+        return self._sock.fileno()
 
     def close(self) -> None:
         """Close the connection; again is harmless."""

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +55,8 @@ class Target:
     qemu: Qemu
     incoming: Path
     autostart: bool
+    on_arrival: Callable[[], None]
+    """Called in the instant of the commit, before anything runs."""
 
 
 class _AbortedError(UmemError):
@@ -356,6 +358,7 @@ class Migration:
         self._not_running()
         run = flag(message, "run") and self._target.autostart
         self.state = State.POSTCOPY_ACTIVE
+        self._target.on_arrival()
         if run:
             await self._target.qemu.execute("cont")
         log.info(

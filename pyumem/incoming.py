@@ -5,6 +5,9 @@ comes to it.
 `umem-qemu ... -postcopy -incoming` asks `umemctl serve` for it.  It is released, with everything it
 holds, when its QEMU ends, when the migration failed (its QEMU is ended then), or when every page is
 here.
+
+The launcher keeps its connection.  It is told when the VM has arrived; until then it ends its QEMU
+when it hears that there will be no VM, or when this process is gone.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, Final
 
 from pyumem.address import Address, listen, name_of, parse
 from pyumem.area import Area
+from pyumem.control import Asker
 from pyumem.destination import Migration, Target
 from pyumem.errors import LinkError, ProtocolError, RefusedError, UmemError
 from pyumem.greeting import WELCOME_S, AsyncLink, admit, refuse, welcome
@@ -34,6 +38,8 @@ log = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 16
 """Connections that are being greeted at a time; more wait in the kernel's queue."""
 _QEMU_START_S: Final = 120.0
+_ORPHAN_S: Final = 20.0
+"""Seconds that a QEMU without its launcher gets to answer, so that it can be ended."""
 _READY_S: Final = WELCOME_S / 2
 _END_PATIENCE_S: Final = 1.0
 _POLL_PAUSED_S: Final = 1.0
@@ -72,9 +78,11 @@ class IncomingRequest:
 class IncomingVm:
     """One of them.  open(), then run() until it is over."""
 
-    def __init__(self, request: IncomingRequest, token: bytes) -> None:
+    def __init__(self, request: IncomingRequest, token: bytes, launcher: Asker) -> None:
         """Take nothing yet."""
         self.request: Final = request
+        self._launcher = launcher
+        self._problem = ""
         self._token = token
         self._areas: list[Area] = []
         self._sockets: list[socket.socket] = []
@@ -153,45 +161,63 @@ class IncomingVm:
             for area, block in zip(self._areas, self.request.blocks, strict=True)
         ]
 
-    async def run(self, launcher_gone: asyncio.Event) -> None:
+    async def run(self) -> None:
         """Live until the VM is here, or is not to come any more.  Frees everything."""
         try:
             for sock in self._sockets:
                 self._spawn(self._accept(sock), f"accept {self.request.address}")
-            if await self._attach(launcher_gone):
+            if await self._attach():
                 await self._wait()
         finally:
             await self._release()
 
-    async def _attach(self, launcher_gone: asyncio.Event) -> bool:
+    async def _attach(self) -> bool:
         """Connect to the QEMU that the launcher starts and make it wait for its device state."""
-        gone = asyncio.create_task(launcher_gone.wait(), name=f"{self.name}: launcher")
-        attach = asyncio.create_task(
-            Qemu.connect_when_there(self.request.qmp, _QEMU_START_S), name=f"{self.name}: attach"
-        )
         try:
-            await asyncio.wait({gone, attach}, return_when=asyncio.FIRST_COMPLETED)
-            if not attach.done():
+            await self._find_qemu()
+            if self._qemu is None:
                 log.info("%s: its launcher is gone before its QEMU started", self.name)
                 return False
-            self._qemu = attach.result()
             await self._qemu.require_capabilities(DESTINATION_CAPABILITIES)
             self._qemu.identify({area.name: area.shmem_fd for area in self._areas})
+            if self._launcher.gone.is_set():
+                log.warning("%s: its launcher is gone; ending its QEMU", self.name)
+                return False
             await self._qemu.set_capabilities(dict.fromkeys(DESTINATION_CAPABILITIES, True))
             await self._qemu.execute("migrate-incoming", uri=f"unix:{self.request.incoming}")
         except UmemError as e:
-            log.error("%s: cannot use its QEMU: %s", self.name, e)
+            self._problem = f"cannot use its QEMU: {e}"
+            log.error("%s: %s", self.name, self._problem)
             return False
-        finally:
-            gone.cancel()
-            attach.cancel()
-            await asyncio.gather(gone, attach, return_exceptions=True)
         self._ready.set()
         log.info(
             "%s: QEMU (pid %d) waits; source expected on %s",
             *(self.name, self._qemu.pid, self.request.address),
         )
         return True
+
+    async def _find_qemu(self) -> None:
+        """Wait for QEMU, or until its launcher is gone without having started it.
+
+        Raises QemuError, CheckError.
+        """
+        gone = asyncio.create_task(self._launcher.gone.wait(), name=f"{self.name}: launcher")
+        attach = asyncio.create_task(
+            Qemu.connect_when_there(self.request.qmp, _QEMU_START_S), name=f"{self.name}: attach"
+        )
+        try:
+            await asyncio.wait({gone, attach}, return_when=asyncio.FIRST_COMPLETED)
+            if not attach.done() and any(area.info().mapped for area in self._areas):
+                # The launcher was killed, and its QEMU goes on without it.
+                await asyncio.wait({attach}, timeout=_ORPHAN_S)
+        finally:
+            gone.cancel()
+            attach.cancel()
+            _, found = await asyncio.gather(gone, attach, return_exceptions=True)
+            if isinstance(found, Qemu):
+                self._qemu = found  # also of a life that ends here: it has to be ended, too
+        if isinstance(found, UmemError):
+            raise found
 
     async def _wait(self) -> None:
         assert self._qemu is not None
@@ -230,17 +256,28 @@ class IncomingVm:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        committed = self.migration is not None and self.migration.state.committed
+        if not committed:
+            self._tell_given_up()
         # In reverse; what one of them meets does not keep the others from being freed.
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._release_files)
             if self._qemu:
                 stack.push_async_callback(self._qemu.close)
-                if not (self.migration and self.migration.state.committed):
+                if not committed:
                     # It has no VM and will not get one.
                     stack.push_async_callback(self._end_qemu, self._qemu)
             if self.migration:
                 stack.push_async_callback(self.migration.close)
         log.info("%s: released (%s)", self.name, self.state)
+
+    def _tell_given_up(self) -> None:
+        """Have the launcher end its QEMU with an error, unless QEMU ended by itself."""
+        if self.migration is None and self._qemu is not None and self._qemu.gone.is_set():
+            return
+        reason = self.migration.reason if self.migration else self._problem
+        self._launcher.tell("given-up", reason=reason or "umemctl serve stops")
+        self._launcher.dismiss()
 
     async def _end_qemu(self, qemu: Qemu) -> None:
         if not await qemu.end(_END_PATIENCE_S):
@@ -322,6 +359,7 @@ class IncomingVm:
             qemu=self._qemu,
             incoming=self.request.incoming,
             autostart=self.request.autostart,
+            on_arrival=lambda: self._launcher.tell("arrived"),
         )
         self.migration = Migration(target, hello, link)
         log.info("%s: migration of %s begins, from %s", self.name, hello.vm, link.peer)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from pyumem.uapi import DEVICE, PAGE_SIZE
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SERVE_ANSWER_S: Final = 30.0
+_QEMU_END_S: Final = 10.0
+"""Seconds between SIGTERM and SIGKILL for a QEMU whose VM does not come."""
 
 USAGE: Final = """\
 Usage: umem-qemu QEMU [ARGUMENTS...]
@@ -156,11 +159,42 @@ def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
         raise
 
 
-def _run_qemu(argv: Sequence[str], keep: int) -> int:
-    """Run QEMU with this terminal and return its exit status.
+def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> str:
+    """Wait until the VM has arrived, or QEMU has ended.
 
-    It inherits the descriptor `keep`, the lock on the VM's name: should this launcher be killed,
-    the name stays taken while QEMU lives.
+    Without `umemctl serve` there will be no VM: QEMU would wait for ever, and is ended.  Returns
+    why, empty if it was not.
+    """
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(serve, select.POLLIN)
+        if pidfd in (fd for fd, _ in poll.poll()):
+            return ""
+    finally:
+        os.close(pidfd)
+    try:
+        said = serve.listen()
+        if said.get("event") == "arrived":
+            return ""
+        reason = str(said.get("reason"))
+    except ControlError:
+        reason = "`umemctl serve` is gone"
+    process.terminate()
+    try:
+        process.wait(_QEMU_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # it sleeps in the fault of a page that nobody brings
+    return reason
+
+
+def _run_qemu(argv: Sequence[str], keep: int, serve: ControlClient | None) -> int:
+    """Run QEMU with this terminal and return its exit status, or 1 if its VM did not arrive.
+
+    serve is the connection to the daemon that a VM is expected through.  QEMU inherits the
+    descriptor `keep`, the lock on the VM's name: should this launcher be killed, the name stays
+    taken while QEMU lives.
     """
     pending: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -180,7 +214,11 @@ def _run_qemu(argv: Sequence[str], keep: int) -> int:
         return 127 if isinstance(e, FileNotFoundError) else 126
     for signal_number in pending:
         process.send_signal(signal_number)
+    why = _until_arrival(process, serve) if serve else ""
     status = process.wait()
+    if why:
+        say(f"the VM did not arrive, its QEMU was ended: {why}")
+        return 1
     return 128 - status if status < 0 else status
 
 
@@ -188,6 +226,7 @@ def _launch(wish: Wish) -> int:
     name = wish.name or f"vm-{os.getpid()}"
     directory = runtime.make_private(runtime.vm_dir(name))
     ram: RamFile | None = None
+    serve: ControlClient | None = None
     with (
         runtime.LockFile(
             directory.parent / f"{name}.lock", f"a VM named {name} runs already: use another -name"
@@ -196,9 +235,9 @@ def _launch(wish: Wish) -> int:
     ):
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         if wish.postcopy_from:
-            client, mem_path = _ask_serve(wish, name)
-            # Open as long as QEMU runs; should we end before QEMU is there, serve sees it.
-            stack.callback(client.close)
+            serve, mem_path = _ask_serve(wish, name)
+            # Open as long as QEMU runs: each side sees the other's end.
+            stack.callback(serve.close)
             if wish.touch_pages:
                 say("-postcopy-flags 1: accepted; pages are not touched as they come yet")
             say(f"VM {name} is expected on {wish.postcopy_from}, its RAM is {mem_path}")
@@ -210,7 +249,7 @@ def _launch(wish: Wish) -> int:
             mem_path = str(ram.path)
             say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
         argv = rewrite(wish, name=name, mem_path=mem_path, qmp_path=str(runtime.qmp_socket(name)))
-        status = _run_qemu(argv, lock.fileno())
+        status = _run_qemu(argv, lock.fileno(), serve)
         if status == 128 + signal.SIGKILL and ram is not None and ram.moved:
             say(f"VM {name} has moved to another host")
             return 0

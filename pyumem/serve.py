@@ -17,12 +17,12 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final
 
 import pyumem
 from pyumem import runtime
-from pyumem.control import ControlServer
+from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
 from pyumem.incoming import IncomingRequest, IncomingVm
 
@@ -45,9 +45,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._warned_of: list[str] = []
         self._warned_at = 0.0
-        self._commands: dict[
-            str, Callable[[dict[str, Any], asyncio.Event], Awaitable[dict[str, Any]]]
-        ] = {"status": self._status, "incoming": self._incoming}
+        self._commands: dict[str, Handler] = {"status": self._status, "incoming": self._incoming}
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until a signal.
@@ -111,13 +109,13 @@ class Daemon:
 
     # --- questions ---
 
-    async def _answer(self, question: dict[str, Any], gone: asyncio.Event) -> dict[str, Any]:
+    async def _answer(self, question: dict[str, Any], asker: Asker) -> dict[str, Any]:
         handler = self._commands.get(question["command"])
         if handler is None:
             raise ControlError(f"unknown command {question['command']!r}")
-        return await handler(question, gone)
+        return await handler(question, asker)
 
-    async def _status(self, _question: dict[str, Any], _gone: asyncio.Event) -> dict[str, Any]:
+    async def _status(self, _question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "version": pyumem.__version__,
@@ -127,13 +125,13 @@ class Daemon:
             "history": list(self._history),
         }
 
-    async def _incoming(self, question: dict[str, Any], gone: asyncio.Event) -> dict[str, Any]:
+    async def _incoming(self, question: dict[str, Any], launcher: Asker) -> dict[str, Any]:
         request = IncomingRequest.from_json(question)
         if request.name in self._vms:
             raise ControlError(f"a VM named {request.name} is expected already: give -name another")
         if self._stop.is_set():
             raise ControlError("umemctl serve is stopping")
-        vm = IncomingVm(request, self._token)
+        vm = IncomingVm(request, self._token, launcher)
         self._vms[request.name] = vm
         try:
             areas = await vm.open()
@@ -145,12 +143,12 @@ class Daemon:
             vm.name,
             ", ".join(f"{a['id']} = {a['node']} ({a['size_bytes'] >> 20} MiB)" for a in areas),
         )
-        self._lives[vm.name] = asyncio.create_task(self._live(vm, gone), name=f"VM {vm.name}")
+        self._lives[vm.name] = asyncio.create_task(self._live(vm), name=f"VM {vm.name}")
         return {"areas": areas}
 
-    async def _live(self, vm: IncomingVm, launcher_gone: asyncio.Event) -> None:
+    async def _live(self, vm: IncomingVm) -> None:
         try:
-            await vm.run(launcher_gone)
+            await vm.run()
         except Exception:
             log.exception("%s: an error of ours", vm.name)
         finally:

@@ -15,7 +15,7 @@ from pyumem import runtime
 from pyumem.address import parse
 from pyumem.cli.common import json_option, print_json, quiet_qmp, token_option
 from pyumem.cli.display import make_display, show_report
-from pyumem.control import ControlServer
+from pyumem.control import Asker, ControlServer
 from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
 from pyumem.hello import MAX_LANES, load_token
 from pyumem.report import Report
@@ -137,7 +137,7 @@ async def _migrate(plan: Plan) -> tuple[int, Report]:
 async def _tell_status(migration: Migration) -> None:
     """Answer `umemctl status` and `umemctl background` as soon as the VM's name is known."""
 
-    async def answer(question: dict[str, Any], _gone: asyncio.Event) -> dict[str, Any]:
+    async def answer(question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
         match question["command"]:
             case "status":
                 return migration.to_json()

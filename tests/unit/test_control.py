@@ -12,24 +12,31 @@ from typing import Any
 
 import pytest
 
-from pyumem.control import MAX_LINE, ControlClient, ControlServer
+from pyumem.control import MAX_LINE, Asker, ControlClient, ControlServer
 from pyumem.errors import ControlError, UsageError
 
 
-async def handler(question: dict[str, Any], gone: asyncio.Event) -> dict[str, Any]:
+async def handler(question: dict[str, Any], asker: Asker) -> dict[str, Any]:
     if question["command"] == "fail":
         raise UsageError("no such thing")
     if question["command"] == "leave":
-        asyncio.get_running_loop().create_task(note(gone))
+        asyncio.get_running_loop().create_task(note(asker))
+    if question["command"] == "stay":
+        asyncio.get_running_loop().call_later(0.05, tell, asker)
     return {"said": question}
 
 
 seen: list[str] = []
 
 
-async def note(gone: asyncio.Event) -> None:
-    await gone.wait()
+async def note(asker: Asker) -> None:
+    await asker.gone.wait()
     seen.append("gone")
+
+
+def tell(asker: Asker) -> None:
+    asker.tell("news", what=1)
+    asker.dismiss()
 
 
 def serve_while(path: Path, work: Any) -> Any:  # noqa: ANN401
@@ -65,6 +72,17 @@ def test_the_server_sees_the_client_leave(tmp_path: Path) -> None:
     seen.clear()
     serve_while(tmp_path / "s", work)
     assert seen == ["gone"]
+
+
+def test_who_stays_is_told_more(tmp_path: Path) -> None:
+    def work() -> None:
+        with ControlClient(tmp_path / "s") as client:
+            assert client.ask("stay")["ok"]
+            assert client.listen() == {"event": "news", "what": 1}
+            with pytest.raises(ControlError, match="closed the connection"):
+                client.listen()
+
+    serve_while(tmp_path / "s", work)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pyumem import runtime
-from pyumem.control import ControlServer
+from pyumem.control import Asker, ControlServer
 
 HOOK = Path(__file__).parents[2] / "qemu-hooks" / "umem-qemu"
 
@@ -251,9 +251,10 @@ class FakeServe:
     def _run(self) -> None:
         import asyncio
 
-        async def handler(question: dict[str, Any], gone: asyncio.Event) -> dict[str, Any]:
+        async def handler(question: dict[str, Any], asker: Asker) -> dict[str, Any]:
             self.asked.append(question)
-            task = asyncio.create_task(gone.wait())
+            self.asker = asker
+            task = asyncio.create_task(asker.gone.wait())
             task.add_done_callback(lambda _: self.left.set())
             self.task = task
             if "error" in self.answer:
@@ -270,6 +271,9 @@ class FakeServe:
                 await self.end.wait()
 
         asyncio.run(main())
+
+    def tell(self, event: str, **more: object) -> None:
+        self.loop.call_soon_threadsafe(lambda: self.asker.tell(event, **more))
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.end.set)
@@ -310,3 +314,53 @@ def test_the_daemon_says_no(host: Host) -> None:
     serve.close()
     assert status == 1 and "Address already in use" in err and err.count("\n") == 1
     assert not (host.tmp / "argv").exists()
+
+
+AREAS = {"areas": [{"id": "ram0", "node": "/dev/umem7", "size_bytes": 64 << 20}]}
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_daemon_that_is_gone_takes_a_waiting_qemu_with_it(host: Host) -> None:
+    serve = FakeServe(AREAS)
+    host.script("exec sleep 30")
+    process = host.start(*EXPECT)
+    host.argv()
+    serve.close()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "the VM did not arrive, its QEMU was ended: `umemctl serve` is gone" in err
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_vm_that_does_not_come_is_an_error_with_a_reason(host: Host) -> None:
+    serve = FakeServe(AREAS)
+    host.script("trap 'exit 0' TERM; while :; do sleep 0.05; done")
+    process = host.start(*EXPECT)
+    host.argv()
+    serve.tell("given-up", reason="the source gave up: no disk")
+    _, err = process.communicate(timeout=30)
+    serve.close()
+    assert process.returncode == 1
+    assert "the source gave up: no disk" in err
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_vm_that_arrived_does_not_end_with_the_daemon(host: Host) -> None:
+    serve = FakeServe(AREAS)
+    host.script(f"while [ ! -e {host.tmp}/go ]; do sleep 0.05; done; exit 7")
+    process = host.start(*EXPECT)
+    host.argv()
+    serve.tell("arrived")
+    serve.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    (host.tmp / "go").touch()
+    assert process.wait(30) == 7
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_qemu_that_ends_by_itself_has_its_own_status(host: Host) -> None:
+    serve = FakeServe(AREAS)
+    host.script("exit 0")
+    assert host.run(*EXPECT)[0] == 0
+    serve.close()
