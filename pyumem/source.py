@@ -104,6 +104,7 @@ class Migration:
         self._recorded = False
         self._aborted = False
         self._begun: set[Lane] = set()
+        self._lost: set[Worker] = set()
         self._qemu: Qemu | None = None
         self._ram: list[RamBlock] = []
         self._ram_fds: list[int] = []
@@ -166,6 +167,8 @@ class Migration:
         if not on:
             raise UmemError("the background transfer cannot be switched off yet")
         if not self._background:
+            if (lanes := self._background_workers()) and lanes <= self._lost:
+                raise UmemError("the connection for it was lost; pages still come on request")
             self._background = True
             if self.state.committed:
                 self._go(Lane.BACKGROUND)
@@ -361,8 +364,23 @@ class Migration:
 
     # --- trouble ---
 
-    def _worker_failed(self, _worker: Worker, reason: str) -> None:
-        self._break(LinkError(reason))
+    def _worker_failed(self, worker: Worker, reason: str) -> None:
+        if worker.drained or self._waits_for_go(worker):
+            self._lost.add(worker)
+            self._tell(f"{reason}; no page is lost with it")
+        else:
+            self._break(LinkError(reason))
+
+    def _waits_for_go(self, worker: Worker) -> bool:
+        """Tell whether it is a background lane of `-n` that has not claimed a page."""
+        return (
+            self.state.committed
+            and Lane.BACKGROUND not in self._begun
+            and worker in self._background_workers()
+        )
+
+    def _background_workers(self) -> set[Worker]:
+        return {worker for (lane, _), worker in self._lanes.items() if lane is Lane.BACKGROUND}
 
     def _break(self, error: UmemError) -> None:
         if self._broken is not None and not self._broken.done():

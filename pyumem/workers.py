@@ -40,6 +40,7 @@ class Worker:
         self._reason = ""
         self._stopping = False
         self.drained = False
+        """It said that its lane has no more to do: nothing is lost with it."""
 
     @property
     def pid(self) -> int:
@@ -98,7 +99,9 @@ class Worker:
         if not raw:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             return
-        message = json.loads(raw)
+        self._take(json.loads(raw))
+
+    def _take(self, message: dict[str, Any]) -> None:
         match message["event"]:
             case "ready" if not self._ready.done():
                 self._ready.set_result(None)
@@ -130,9 +133,7 @@ class Worker:
         assert self._channel is not None
         with contextlib.suppress(OSError):
             while raw := self._channel.recv(MAX_MESSAGE, socket.MSG_DONTWAIT):
-                message = json.loads(raw)
-                if message["event"] == "failed":
-                    self._reason = str(message["reason"])
+                self._take(json.loads(raw))
 
     async def stop(self) -> None:
         """End the process and wait for it; again is harmless.  The counters stay readable."""

@@ -18,14 +18,25 @@ from pyumem.worker import Channel, run
 
 
 def serve(link: Link, filler: Filler) -> None:
-    """Receive until END.  Raises LinkError, ProtocolError, DriverError."""
+    """Receive until END, or until a lane is lost on which nothing came.
+
+    What the source has sent into such a lane it knows as not taken.  Raises LinkError,
+    ProtocolError, DriverError.
+    """
+    used = False
     while True:
-        header = link.header()
-        if header is None:
-            raise LinkError(f"{link.peer}: the source closed a background lane before its end")
+        try:
+            header = link.header()
+            if header is None:
+                raise LinkError(f"{link.peer}: the source closed a background lane before its end")
+        except LinkError:
+            if used:
+                raise
+            return
         if header.kind is wire.Kind.END:
             return
         filler.take(header)
+        used = True
 
 
 def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:

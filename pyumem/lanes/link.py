@@ -6,7 +6,10 @@ and mapping without a copy.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
+import struct
+import termios
 from typing import Final
 
 from pyumem import wire
@@ -136,6 +139,11 @@ class Link:
         except OSError as e:
             raise LinkError(f"{self.peer}: {e.strerror}") from e
         self._stats.add(Counter.BYTES_SENT, total)
+
+    def untaken(self) -> int:
+        """Return how many bytes that were sent the peer's kernel has not acknowledged."""
+        answer = fcntl.ioctl(self.sock, termios.TIOCOUTQ, struct.pack("i", 0))
+        return int(struct.unpack("i", answer)[0])
 
     def close(self) -> None:
         """Close the connection; again is harmless."""

@@ -26,6 +26,7 @@ _HOLE_PAGES: Final = 16384
 _HOLE_RANGES: Final = 256
 """Ranges that are gathered before they are sent: whoever waits for a page in them waits for that.
 """
+_LOOK_MS: Final = 20
 
 
 class BackgroundLane:
@@ -57,6 +58,8 @@ class BackgroundLane:
             return
         if (not holes or self._tell_holes()) and self._send_runs():
             self._link.send(wire.pack(wire.Kind.END))
+            if self._taken():
+                self._channel.send({"event": "drained"})
         # Nothing more to send, but an open connection is how the destination sees that this side is
         # alive.
         self._idle()
@@ -67,9 +70,18 @@ class BackgroundLane:
                 self._unexpected()
         return self._channel.wait_go()
 
-    def _stopped(self) -> bool:
-        """Tell whether the parent wants an end, without waiting."""
-        fds = [fd for fd, _ in self._poll.poll(0)]
+    def _taken(self) -> bool:
+        """Wait until the destination's kernel has everything: what it has is not lost with the
+        connection.  False when the parent wants an end.
+        """
+        while self._link.untaken():
+            if self._stopped(_LOOK_MS):
+                return False
+        return True
+
+    def _stopped(self, wait_ms: int | None = 0) -> bool:
+        """Tell whether the parent wants an end; wait so long for it, None for ever."""
+        fds = [fd for fd, _ in self._poll.poll(wait_ms)]
         if self._channel.fileno() in fds:
             return True
         if fds:
@@ -111,8 +123,8 @@ class BackgroundLane:
         return True
 
     def _idle(self) -> None:
-        while not self._stopped():
-            self._poll.poll()
+        while not self._stopped(None):
+            pass
 
 
 def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def run(
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
 
+    gc.collect()  # what other tests left open
     before = len(list(Path("/proc/self/fd").iterdir()))
     asyncio.run(main())
     assert len(list(Path("/proc/self/fd").iterdir())) == before, "a descriptor is left"

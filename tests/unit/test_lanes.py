@@ -488,6 +488,41 @@ def test_a_lost_destination_ends_the_background_lane(world: World) -> None:
     assert isinstance(lane.ended(), LinkError)
 
 
+def test_a_background_lane_says_when_all_it_sent_was_taken(world: World) -> None:
+    """What the peer's kernel has is not lost with the connection; the rest would be."""
+    mine, other = tcp_pair()
+    mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    world.fill(0, range(300))
+    link = world._link("sb0", other)
+    lane = Lane(
+        lambda channel: source_background.BackgroundLane(
+            channel, link, world._ram(), world._claims(), world.stats["sb0"]
+        ).run(holes=True)
+    )
+    world.lanes.append(lane)
+    lane.go()
+    lane.parent.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        lane.parent.receive()
+    lane.parent.sock.settimeout(10)
+    mine.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        while mine.recv(1 << 20):
+            pass
+    assert lane.parent.receive() == ({"event": "drained"}, [])
+    mine.close()
+    assert isinstance(lane.ended(), LinkError)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_background_lane_on_which_nothing_came_is_no_loss(world: World, reset: bool) -> None:
+    peer = RawPeer(world, urgent=False)
+    if reset:
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.sock.close()
+    assert peer.lane.ended() is None
+
+
 def test_received_map_notes_whole_ranges() -> None:
     slots = Slots([10])
     arrivals = Arrivals(slots, SharedMemory.create("r", 10), SharedMemory.create("a", 80))

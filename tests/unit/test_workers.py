@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -64,6 +65,7 @@ def run(work: Callable[[Scene], Awaitable[None]]) -> None:
                 scene.close()
             assert not pid or not Path(f"/proc/{pid}").exists(), "a process is left"
 
+    gc.collect()  # what other tests left open
     before = len(list(Path("/proc/self/fd").iterdir()))
     asyncio.run(main())
     assert len(list(Path("/proc/self/fd").iterdir())) == before, "a descriptor is left"
