@@ -152,7 +152,9 @@ class Migration:
                 await welcome(greeter, token, hello)
                 sock.setblocking(True)
             except BaseException as e:
+                self._lanes[key] = None
                 await worker.stop()
+                worker.close()
                 if isinstance(e, UmemError):
                     self._break(e)
                 raise

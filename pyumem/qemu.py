@@ -37,6 +37,7 @@ SOURCE_CAPABILITIES: Final = (IGNORE_SHARED, "pause-before-switchover", "events"
 DESTINATION_CAPABILITIES: Final = (IGNORE_SHARED, "events", "late-block-activate")
 UNLIMITED_BANDWIDTH: Final = 1 << 40
 """Bytes a second for the device state: our sockets are the limit."""
+_GREETING_S: Final = 5.0
 _QUIT_S: Final = 5.0
 _RETRY_S: Final = 0.02
 _USE_LAUNCHER: Final = (
@@ -85,32 +86,33 @@ class Qemu:
 
         Raises QemuError; CheckError when somebody else holds the socket.
         """
-        loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.setblocking(False)
-        try:
-            await loop.sock_connect(sock, str(path))
-            # Of a listening socket the kernel tells who called listen().
-            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            pid = struct.unpack("3i", raw)[0]
-            pidfd = os.pidfd_open(pid)
-        except OSError as e:
-            sock.close()
-            raise QemuError(f"QMP socket {path}: {e.strerror or e}") from e
         client = QMPClient("umem")
-        qemu = cls(client, path, pid, pidfd)
-        client.register_listener(qemu._listener)
-        try:
-            async with asyncio.timeout(5.0):
-                await client.connect(sock)
-        except TimeoutError:
-            os.close(pidfd)
-            raise CheckError(
-                f"QMP socket {path} does not greet: it serves one client at a time, close the other"
-            ) from None
-        except QMPError as e:
-            os.close(pidfd)
-            raise QemuError(f"QMP socket {path}: {e}") from e
+        async with contextlib.AsyncExitStack() as stack:
+            sock = stack.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            )
+            sock.setblocking(False)
+            try:
+                await asyncio.get_running_loop().sock_connect(sock, str(path))
+                # Of a listening socket the kernel tells who called listen().
+                raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                pid = struct.unpack("3i", raw)[0]
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+                qemu = cls(client, path, pid, pidfd)
+                client.register_listener(qemu._listener)
+                async with asyncio.timeout(_GREETING_S):
+                    await client.connect(sock)
+            except TimeoutError:
+                raise CheckError(
+                    f"QMP socket {path} does not greet: it serves one client at a time, close the "
+                    "other"
+                ) from None
+            except OSError as e:
+                raise QemuError(f"QMP socket {path}: {e.strerror or e}") from e
+            except QMPError as e:
+                raise QemuError(f"QMP socket {path}: {e}") from e
+            stack.pop_all()  # both are the new object's
         qemu._tasks = [
             asyncio.create_task(qemu._follow_events(), name=f"qmp events {path}"),
             asyncio.create_task(qemu._follow_end(), name=f"qmp end {path}"),

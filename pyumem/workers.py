@@ -53,6 +53,17 @@ class Worker:
         fds stay the caller's.  The stats block is put behind the first of them, the socket.  Raises
         WorkerError.
         """
+        try:
+            await self._spawn(module, message, fds)
+        except OSError as e:  # no process, no descriptor, no memory left
+            raise WorkerError(f"{self.name}: cannot be started: {e.strerror}") from e
+        try:
+            async with asyncio.timeout(_READY_S):
+                await asyncio.shield(self._ready)
+        except TimeoutError:
+            raise WorkerError(f"{self.name}: not ready within {_READY_S:g} s") from None
+
+    async def _spawn(self, module: str, message: dict[str, Any], fds: Sequence[int]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._channel = ours
@@ -72,11 +83,6 @@ class Worker:
         socket.send_fds(
             ours, [json.dumps(message).encode()], [fds[0], self._stats.memory.fd, *fds[1:]]
         )
-        try:
-            async with asyncio.timeout(_READY_S):
-                await asyncio.shield(self._ready)
-        except TimeoutError:
-            raise WorkerError(f"{self.name}: not ready within {_READY_S:g} s") from None
 
     def command(self, command: str) -> None:
         """Send a command.  A worker that is gone tells so by its end, not here."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pyumem.incoming import IncomingRequest, IncomingVm
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
 from pyumem.uapi import PAGE_SIZE
 from tests.unit.fake_qemu import fake_qemu
+from tests.unit.fakes import open_descriptors
 
 SIZE = 2 * PAGE_SIZE
 ANSWERS = {
@@ -109,10 +109,9 @@ def run(
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
 
-    gc.collect()  # what other tests left open
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     asyncio.run(main())
-    assert len(list(Path("/proc/self/fd").iterdir())) == before, "a descriptor is left"
+    assert open_descriptors() == before, "a descriptor is left"
 
 
 async def until(what: Callable[[], object]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from pyumem.errors import CheckError, QemuError
 from pyumem.qemu import Qemu
 from tests.unit.fake_qemu import fake_qemu
+from tests.unit.fakes import open_descriptors
 
 
 def with_qemu(path: Path, work: Callable[[Qemu], Awaitable[None]]) -> None:
@@ -101,3 +103,20 @@ def test_ram_on_a_device_is_open_there(tmp_path: Path) -> None:
 
     with fake_qemu(tmp_path) as fake:
         with_qemu(fake.qmp, work)
+
+
+@pytest.mark.parametrize("impatient", [True, False])
+def test_a_connection_that_is_given_up_leaves_no_descriptor(
+    tmp_path: Path, impatient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        for _ in range(3):
+            with contextlib.suppress(CheckError, TimeoutError):
+                async with asyncio.timeout(0.1 if impatient else 10):
+                    await Qemu.connect(tmp_path / "qmp.sock")
+
+    monkeypatch.setattr("pyumem.qemu._GREETING_S", 10 if impatient else 0.1)
+    with fake_qemu(tmp_path, mute_s=60):
+        before = open_descriptors()
+        asyncio.run(main())
+        assert open_descriptors() == before

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+import errno
 import os
 import signal
 import socket
@@ -22,6 +22,7 @@ from pyumem.errors import WorkerError
 from pyumem.ram import PAGE_SIZE
 from pyumem.stats import StatsBlock
 from pyumem.workers import Worker, stop_all
+from tests.unit.fakes import open_descriptors
 
 PAGES = 4
 
@@ -65,10 +66,9 @@ def run(work: Callable[[Scene], Awaitable[None]]) -> None:
                 scene.close()
             assert not pid or not Path(f"/proc/{pid}").exists(), "a process is left"
 
-    gc.collect()  # what other tests left open
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     asyncio.run(main())
-    assert len(list(Path("/proc/self/fd").iterdir())) == before, "a descriptor is left"
+    assert open_descriptors() == before, "a descriptor is left"
 
 
 async def until(what: Callable[[], object]) -> None:
@@ -117,6 +117,18 @@ def test_a_worker_that_cannot_begin() -> None:
         with pytest.raises(WorkerError, match=r"lane 0 of vm1: RAM block ram0.*QEMU says"):
             await scene.start(size=(PAGES + 1) * PAGE_SIZE)
         assert not scene.failed, "told once"
+
+    run(work)
+
+
+def test_a_worker_that_gets_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(*_words: str, **_more: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    async def work(scene: Scene) -> None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", nothing)
+        with pytest.raises(WorkerError, match=r"lane 0 of vm1: cannot be started: Resource"):
+            await scene.start()
 
     run(work)
 
