@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,9 @@ from pyumem.uapi import DEVICE, PAGE_SIZE
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SERVE_ANSWER_S: Final = 30.0
+_DECISION_S: Final = 60.0
+"""Seconds after QEMU's end in which a migration that has not committed has to give up."""
+_LOOK_S: Final = 0.05
 _QEMU_END_S: Final = 10.0
 """Seconds between SIGTERM and SIGKILL for a QEMU whose VM does not come."""
 
@@ -63,6 +67,33 @@ def say(text: str) -> None:
     print(f"umem-qemu: {text}", file=sys.stderr, flush=True)
 
 
+class Signals:
+    """Passes signals on to QEMU.  One that comes before it is there keeps it from being started.
+
+    Made before anything else: a signal whose default is to end this process would leave RAM file
+    and lock behind.
+    """
+
+    def __init__(self) -> None:
+        """Take them from now on."""
+        self.first = 0
+        """The first one, 0 before it."""
+        self.process: subprocess.Popen[bytes] | None = None
+        for number in _FORWARDED:
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        self.first = self.first or number
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
+        """Send them to this process from now on."""
+        self.process = process
+        if self.first:
+            process.send_signal(self.first)
+
+
 class RamFile:
     """The file that is a VM's RAM: DIRECTORY/NAME/ram0, mode 0600."""
 
@@ -88,11 +119,13 @@ class RamFile:
             self.path.unlink()
         runtime.make_private(self.path.parent)
         try:
+            runtime.ram_mark(self.path).touch(mode=0o600)
             room = shutil.disk_usage(self.path.parent).free
             with self.path.open("xb") as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.truncate(self._size)
         except OSError as e:
+            runtime.remove_ram(self.path)
             raise UmemError(f"RAM file {self.path}: {e.strerror}") from e
         if room < self._size:
             say(
@@ -106,20 +139,20 @@ class RamFile:
         return self._record.exists() or not self.path.exists()
 
     def remove_unless_served(self) -> None:
-        """Remove it, unless `umemctl migrate` still reads it or it is the only copy of a VM
-        elsewhere.
-        """
-        if self._record.exists():
-            return
-        with contextlib.suppress(FileNotFoundError):
-            with self.path.open("rb") as file:
+        """Remove it, unless it is the only copy of a VM elsewhere, or still served."""
+        deadline = time.monotonic() + _DECISION_S
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            # A migration that holds it and has not committed fails now, since QEMU is gone.
+            while not self._record.exists():
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        return
+                    time.sleep(_LOOK_S)
+                else:
+                    runtime.remove_ram(self.path)
                     return
-                self.path.unlink()
-            with contextlib.suppress(OSError):
-                self.path.parent.rmdir()
 
 
 def _refuse_lost(name: str) -> None:
@@ -189,31 +222,21 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
     return reason
 
 
-def _run_qemu(argv: Sequence[str], keep: int, serve: ControlClient | None) -> int:
+def _run_qemu(argv: Sequence[str], signals: Signals, keep: int, serve: ControlClient | None) -> int:
     """Run QEMU with this terminal and return its exit status, or 1 if its VM did not arrive.
 
     serve is the connection to the daemon that a VM is expected through.  QEMU inherits the
     descriptor `keep`, the lock on the VM's name: should this launcher be killed, the name stays
     taken while QEMU lives.
     """
-    pending: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        if process is None:
-            pending.append(number)
-        else:
-            process.send_signal(number)
-
-    for number in _FORWARDED:
-        signal.signal(number, forward)
+    if signals.first:
+        return 128 + signals.first
     try:
         process = subprocess.Popen(argv, pass_fds=(keep,))
     except OSError as e:
         say(f"{argv[0]}: {e.strerror}")
         return 127 if isinstance(e, FileNotFoundError) else 126
-    for signal_number in pending:
-        process.send_signal(signal_number)
+    signals.pass_to(process)
     why = _until_arrival(process, serve) if serve else ""
     status = process.wait()
     if why:
@@ -222,7 +245,7 @@ def _run_qemu(argv: Sequence[str], keep: int, serve: ControlClient | None) -> in
     return 128 - status if status < 0 else status
 
 
-def _launch(wish: Wish) -> int:
+def _launch(wish: Wish, signals: Signals) -> int:
     name = wish.name or f"vm-{os.getpid()}"
     directory = runtime.make_private(runtime.vm_dir(name))
     ram: RamFile | None = None
@@ -249,7 +272,7 @@ def _launch(wish: Wish) -> int:
             mem_path = str(ram.path)
             say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
         argv = rewrite(wish, name=name, mem_path=mem_path, qmp_path=str(runtime.qmp_socket(name)))
-        status = _run_qemu(argv, lock.fileno(), serve)
+        status = _run_qemu(argv, signals, lock.fileno(), serve)
         if status == 128 + signal.SIGKILL and ram is not None and ram.moved:
             say(f"VM {name} has moved to another host")
             return 0
@@ -263,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     try:
-        return _launch(parse(arguments))
+        return _launch(parse(arguments), Signals())
     except UmemError as e:
         say(str(e))
         return e.exit_status

@@ -38,6 +38,21 @@ def ram_dir() -> Path:
     return Path("/dev/shm/umem" if os.geteuid() == 0 else f"/dev/shm/umem-{os.geteuid()}")
 
 
+def ram_mark(path: Path) -> Path:
+    """Return the file that says, next to a RAM file, that umem-qemu made it."""
+    return path.with_name("made-by-umem-qemu")
+
+
+def remove_ram(path: Path) -> None:
+    """Remove a RAM file and its directory if umem-qemu made it; leave any other alone."""
+    mark = ram_mark(path)
+    if mark.exists():
+        path.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+
 def make_private(path: Path) -> Path:
     """Make a directory, and its parents, that only this user enters.
 

@@ -677,11 +677,7 @@ class Migration:
         """Remove the record, and RAM files that the launcher made: nobody needs them now."""
         runtime.commit_record(self.vm).unlink(missing_ok=True)
         for block in self._ram:
-            path = Path(block.path)
-            if path.is_relative_to(runtime.ram_dir()):
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    path.parent.rmdir()
+            runtime.remove_ram(Path(block.path))
 
     def _fill_report(self) -> None:
         report, progress = self.report, self.progress()

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from pyumem import runtime
+from pyumem import launcher, runtime
 from pyumem.control import Asker, ControlServer
+from pyumem.launcher import RamFile
 
 HOOK = Path(__file__).parents[2] / "qemu-hooks" / "umem-qemu"
 
@@ -152,10 +153,13 @@ def test_ram_that_is_served_is_left_to_who_serves_it(host: Host) -> None:
     host.script(f"while [ ! -e {host.tmp}/go ]; do sleep 0.02; done")
     process = host.start("-name", "vm1", "-m", "1M")
     host.argv()
+    record = runtime.make_private(runtime.migrate_dir()) / "vm1.json"
     with host.ram.open("rb") as served:  # as umemctl migrate does
         fcntl.flock(served, fcntl.LOCK_SH)
+        record.touch()
         (host.tmp / "go").touch()
         assert process.wait(30) == 0
+        record.unlink()
         assert host.ram.exists()
         status, err = host.run("-name", "vm1", "-m", "1M")
         assert status == 3 and "still served by `umemctl migrate`" in err
@@ -171,6 +175,41 @@ def test_the_only_copy_of_a_vm_is_not_overwritten(host: Host) -> None:
     status, err = host.run("-name", "vm1")
     assert status == 3 and "may need the memory kept here" in err
     assert host.ram.read_bytes() == b"precious"
+
+
+def test_ram_goes_with_a_migration_that_fails_with_its_qemu(host: Host) -> None:
+    """Neither of the two leaves it to the other."""
+    host.script(f"while [ ! -e {host.tmp}/go ]; do sleep 0.02; done")
+    process = host.start("-name", "vm1", "-m", "1M")
+    host.argv()
+    with host.ram.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        (host.tmp / "go").touch()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    assert process.wait(30) == 0
+    assert not host.ram.parent.exists()
+
+
+def test_a_signal_before_qemu_is_there_leaves_nothing(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends umem-qemu in order, though its default would be an end without one."""
+    create = RamFile.create
+
+    def and_signal(ram: RamFile) -> None:
+        create(ram)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RamFile, "create", and_signal)
+    before = {number: signal.getsignal(number) for number in launcher._FORWARDED}
+    try:
+        assert launcher.main([str(host.qemu), "-name", "vm1", "-m", "1M"]) == 128 + signal.SIGTERM
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+    assert not (host.tmp / "argv").exists(), "QEMU was not started"
+    assert not host.ram.parent.exists() and not runtime.vm_dir("vm1").exists()
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,18 @@ def test_a_lock_names_its_holder(tmp_path: Path) -> None:
         assert lock.fileno() >= 0
 
 
+def test_only_ram_that_umem_qemu_made_is_removed(tmp_path: Path) -> None:
+    """Where it is does not matter: umemctl and umem-qemu may have different environments."""
+    (tmp_path / "vm1").mkdir()
+    ram = tmp_path / "vm1" / "ram0"
+    ram.touch()
+    runtime.remove_ram(ram)
+    assert ram.exists()
+    runtime.ram_mark(ram).touch()
+    runtime.remove_ram(ram)
+    assert not ram.parent.exists() and tmp_path.exists()
+
+
 def test_private(tmp_path: Path) -> None:
     made = runtime.make_private(tmp_path / "a")
     assert made.stat().st_mode & 0o777 == 0o700
