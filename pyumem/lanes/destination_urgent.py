@@ -69,7 +69,7 @@ class UrgentLane:
                         self._receive()
                 elif fd == parent:
                     return  # there is one command, and it is to stop
-                elif listening:
+                elif listening or events & ~select.POLLIN:
                     self._ask(by_fd[fd])
             if listening == bool(self._out):
                 listening = not self._out

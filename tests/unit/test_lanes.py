@@ -5,6 +5,8 @@ driver.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import random
 import socket
@@ -19,7 +21,7 @@ import pytest
 
 from pyumem import wire
 from pyumem.claims import ClaimMap, Slots
-from pyumem.errors import LinkError, ProtocolError, UmemError
+from pyumem.errors import DriverError, LinkError, ProtocolError, UmemError
 from pyumem.lanes import (
     destination_background,
     destination_urgent,
@@ -521,6 +523,41 @@ def test_a_background_lane_on_which_nothing_came_is_no_loss(world: World, reset:
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.sock.close()
     assert peer.lane.ended() is None
+
+
+def test_an_area_that_fails_ends_a_lane_whose_peer_does_not_read(world: World) -> None:
+    """Errors are reported although nothing is asked for: they must not be polled for ever."""
+    gone, other_end = os.pipe()
+    os.close(other_end)
+
+    calls = itertools.count()
+
+    class Fenced(FakeArea):
+        def fileno(self) -> int:
+            return gone
+
+        def requests(self) -> memoryview:
+            if next(calls) == 0:
+                return super().requests()
+            raise DriverError("read requests", errno.ESTALE, area=self.name)
+
+    mine, other = tcp_pair()
+    link = world._link("du", other)
+    fenced = Fenced("vm.ram9", 300)
+
+    def body(channel: Channel) -> None:
+        lane = destination_urgent.UrgentLane(
+            channel, link, [fenced, world.areas[1]], world._arrivals(), world.stats["du"]
+        )
+        lane._out += bytes(64 << 20)
+        lane.run()
+
+    lane = Lane(body)
+    world.lanes.append(lane)
+    assert isinstance(lane.ended(), DriverError)
+    fenced.close()
+    os.close(gone)
+    mine.close()
 
 
 def test_received_map_notes_whole_ranges() -> None:
