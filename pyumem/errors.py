@@ -20,6 +20,11 @@ class UmemError(Exception):
     exit_status: ClassVar[int] = 1
 
 
+def of_system(e: OSError) -> UmemError:
+    """Return an error of the system as one of ours: a line that names the file."""
+    return UmemError(f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e))
+
+
 class UsageError(UmemError):
     """The command line or an address makes no sense."""
 

@@ -28,7 +28,7 @@ from typing import Final
 
 from pyumem import runtime
 from pyumem.control import ControlClient
-from pyumem.errors import CheckError, ControlError, UmemError
+from pyumem.errors import CheckError, ControlError, UmemError, of_system
 from pyumem.qemu_cmdline import RAM_ID, Wish, parse, rewrite
 from pyumem.uapi import DEVICE, PAGE_SIZE
 
@@ -247,15 +247,16 @@ def _run_qemu(argv: Sequence[str], signals: Signals, keep: int, serve: ControlCl
 
 def _launch(wish: Wish, signals: Signals) -> int:
     name = wish.name or f"vm-{os.getpid()}"
-    directory = runtime.make_private(runtime.vm_dir(name))
+    lock_path = runtime.vm_lock(name)
+    runtime.make_private(lock_path.parent)
     ram: RamFile | None = None
     serve: ControlClient | None = None
     with (
-        runtime.LockFile(
-            directory.parent / f"{name}.lock", f"a VM named {name} runs already: use another -name"
-        ) as lock,
+        runtime.LockFile(lock_path, f"a VM named {name} runs already: use another -name") as lock,
         contextlib.ExitStack() as stack,
     ):
+        # Not before the lock is ours: whoever had it removes this directory at its end.
+        directory = runtime.make_private(runtime.vm_dir(name))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         if wish.postcopy_from:
             serve, mem_path = _ask_serve(wish, name)
@@ -290,3 +291,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UmemError as e:
         say(str(e))
         return e.exit_status
+    except OSError as e:
+        say(str(of_system(e)))
+        return 1

@@ -19,9 +19,12 @@ from pyumem.address import Address
 from pyumem.address import parse as parse_address
 from pyumem.errors import UsageError
 from pyumem.hello import valid_name
+from pyumem.uapi import NAME_MAX
 
 RAM_ID: Final = "ram0"
 """Id of the memory back end; the same on both sides, as QEMU wants it."""
+LONGEST_NAME: Final = NAME_MAX - 1 - len(f".{RAM_ID}")
+"""Characters of a VM's name: with the back end's id it names an area."""
 DEFAULT_SIZE: Final = 128 << 20
 """Bytes of RAM of a QEMU without -m."""
 
@@ -116,7 +119,8 @@ def parse(argv: Sequence[str]) -> Wish:
     """Read a command line.  Raises UsageError for what cannot work together with umem."""
     if not argv:
         raise UsageError("which QEMU?  umem-qemu qemu-system-x86_64 ARGUMENTS...")
-    name = incoming = flags = ""
+    name = flags = ""
+    incoming: list[str] = []
     size = DEFAULT_SIZE
     postcopy = False
     autostart = True
@@ -128,7 +132,8 @@ def parse(argv: Sequence[str]) -> Wish:
                 continue
             case ("-postcopy-flags", flags):
                 continue
-            case ("-incoming", incoming):
+            case ("-incoming", channel):
+                incoming.append(channel)
                 continue
             case ("-S",):
                 autostart = False
@@ -147,15 +152,17 @@ def parse(argv: Sequence[str]) -> Wish:
     if flags and not postcopy:
         raise UsageError("-postcopy-flags needs -postcopy")
     if postcopy:
+        if len(incoming) > 1:
+            raise UsageError(f"-postcopy takes one -incoming, not {len(incoming)}")
         for option in rest:
             _refuse_expecting(option)
-    elif incoming:
-        rest.append(("-incoming", incoming))
+    else:
+        rest += [("-incoming", channel) for channel in incoming]
     return Wish(
         binary=argv[0],
         name=name,
         size=size,
-        postcopy_from=parse_address(incoming, listening=True) if postcopy else None,
+        postcopy_from=parse_address(incoming[0], listening=True) if postcopy else None,
         touch_pages=flags == "1",
         autostart=autostart,
         rest=tuple(rest),
@@ -172,9 +179,10 @@ def _ram_size(text: str, before: int) -> int:
 def _guest_name(text: str) -> str:
     for key, value in _properties(text):
         if key in ("", "guest"):
-            if not valid_name(value):
+            if not valid_name(value) or len(value) > LONGEST_NAME:
                 raise UsageError(
-                    f"-name {value}: 1 to 63 of letters, digits and '._:+-' are allowed here"
+                    f"-name {value}: 1 to {LONGEST_NAME} of letters, digits and '._:+-' are "
+                    "allowed here"
                 )
             return value
     return ""
@@ -187,7 +195,8 @@ def _refuse(option: tuple[str, ...]) -> None:
         case ("-mem-path", _):
             raise UsageError(f"{text}: {_OWN_RAM}")
         case ("-object", argument):
-            kind = dict(reversed(_properties(argument))).get("", "")
+            properties = dict(reversed(_properties(argument)))
+            kind = properties.get("qom-type") or properties.get("", "")
             if kind.startswith("memory-backend") or '"memory-backend' in argument:
                 raise UsageError(f"{text}: {_OWN_RAM}")
         case ("-machine" | "-M", argument) if "memory-backend" in dict(_properties(argument)):

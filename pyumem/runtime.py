@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyumem.errors import ControlError, UsageError
+from pyumem.errors import ControlError, UmemError, UsageError
 from pyumem.hello import valid_name
 
 
@@ -56,11 +56,15 @@ def remove_ram(path: Path) -> None:
 def make_private(path: Path) -> Path:
     """Make a directory, and its parents, that only this user enters.
 
-    Raises UsageError for one that somebody else owns or may write: what is in it could be swapped.
+    Raises UsageError for one that somebody else owns or may write: what is in it could be swapped;
+    UmemError for one that cannot be made.
     """
-    for one in (*reversed(path.parents), path):
-        with contextlib.suppress(FileExistsError):
-            one.mkdir(mode=0o700)
+    try:
+        for one in (*reversed(path.parents), path):
+            with contextlib.suppress(FileExistsError):
+                one.mkdir(mode=0o700)
+    except OSError as e:
+        raise UmemError(f"cannot make {one}: {e.strerror}") from e
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{path} is no directory")
@@ -90,6 +94,11 @@ def serve_socket() -> Path:
 def vm_dir(name: str) -> Path:
     """Return the directory of a VM that was started by umem-qemu."""
     return runtime_dir() / "vm" / check_name(name)
+
+
+def vm_lock(name: str) -> Path:
+    """Return the lock of a VM's name.  Not where the VMs' directories are: any name may be one."""
+    return runtime_dir() / "lock" / check_name(name)
 
 
 def qmp_socket(name: str) -> Path:
@@ -123,7 +132,10 @@ class LockFile:
 
     def __enter__(self) -> Self:
         """Take it.  Raises ControlError, with the holder's pid if known, when it is taken."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise ControlError(f"{self._path}: {e.strerror}") from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -44,6 +44,7 @@ from pyumem.errors import (
     ProtocolError,
     QemuError,
     UmemError,
+    of_system,
 )
 from pyumem.greeting import AsyncLink, introduce, software
 from pyumem.hello import NONCE_SIZE, AreaSpec, Hello, Lane, valid_name
@@ -242,7 +243,7 @@ class Migration:
                 )
             else:
                 self.state = State.FAILED
-                error = e
+                error = of_system(e) if isinstance(e, OSError) else e
             if not await self._undo(issued, str(error)):
                 assert self._qemu is not None
                 raise LostError(
@@ -251,7 +252,7 @@ class Migration:
                 ) from e
             if error is e:
                 raise
-            raise error from None
+            raise error from e if isinstance(e, OSError) else None
 
     def _last_look(self) -> None:
         """Raise what speaks against the commit.  No await between this and the commit."""
@@ -675,9 +676,12 @@ class Migration:
 
     def _forget_ram(self) -> None:
         """Remove the record, and RAM files that the launcher made: nobody needs them now."""
-        runtime.commit_record(self.vm).unlink(missing_ok=True)
-        for block in self._ram:
-            runtime.remove_ram(Path(block.path))
+        try:
+            runtime.commit_record(self.vm).unlink(missing_ok=True)
+            for block in self._ram:
+                runtime.remove_ram(Path(block.path))
+        except OSError as e:
+            self._tell(f"all is well, but {of_system(e)}: remove it")
 
     def _fill_report(self) -> None:
         report, progress = self.report, self.progress()

@@ -132,6 +132,22 @@ def test_a_name_in_use_is_refused_and_nothing_is_harmed(host: Host) -> None:
     assert host.ram.stat().st_ino == inode and host.ram.stat().st_size == 1 << 20
 
 
+def test_any_name_goes_with_any_other(host: Host) -> None:
+    """Neither is the name of a file that belongs to the other."""
+    host.script("exec sleep 30")
+    host.start("-name", "vm1", "-m", "1M")
+    host.argv()
+    host.script("exit 0")
+    assert host.run("-name", "vm1.lock", "-m", "1M")[0] == 0
+
+
+def test_directories_that_cannot_be_made(host: Host) -> None:
+    (host.tmp / "run").write_text("")
+    status, err = host.run("-name", "vm1", "-m", "1M")
+    assert status == 1 and err.count("\n") == 1
+    assert f"cannot make {host.tmp}/run/lock: Not a directory" in err
+
+
 def test_the_name_stays_taken_when_the_launcher_is_killed(host: Host) -> None:
     host.script(f"echo $$ > {host.tmp}/pid; exec sleep 30")
     process = host.start("-name", "vm1", "-m", "1M")

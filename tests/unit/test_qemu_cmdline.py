@@ -54,6 +54,12 @@ def rewritten(line: str) -> str:
             "-incoming tcp:0:1 -machine memory-backend=ram0",
             "-name vm-1",
         ),
+        (
+            "-incoming tcp:0:1 -incoming cpr",
+            128,
+            "-incoming tcp:0:1 -incoming cpr -machine memory-backend=ram0",
+            "-name vm-1",
+        ),
     ],
 )
 def test_a_vm_of_our_own(line: str, size: int, kept: str | None, added: str) -> None:
@@ -147,7 +153,10 @@ def test_commas_in_paths_are_doubled() -> None:
         (f"-loadvm x {COME}", "exclude each other"),
         ("-name ../x", "allowed here"),
         ("-name guest=a/b", "allowed here"),
-        (f"-name {'x' * 64}", "allowed here"),
+        (f"-name {'x' * 59}", "1 to 58 of letters"),
+        (f"{COME} -incoming tcp:0:2", "one -incoming, not 2"),
+        ("-object qom-type=memory-backend-ram,id=m,size=1G", "RAM belongs to umem-qemu"),
+        ("-object id=m,size=1G,qom-type=memory-backend-ram", "RAM belongs to umem-qemu"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(line: str, what: str) -> None:

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from pyumem.address import Address
-from pyumem.errors import LinkError, UmemError
+from pyumem.errors import LinkError, UmemError, of_system
 from pyumem.hello import Lane
+from pyumem.qemu import SOURCE_CAPABILITIES
+from pyumem.ram import PAGE_SIZE
 from pyumem.report import State
 from pyumem.source import Migration, Plan
 from pyumem.stats import StatsBlock
 from pyumem.workers import Worker
+from tests.unit.fake_qemu import fake_qemu
 
 
 class Scene:
@@ -74,6 +79,39 @@ def test_a_background_lane_that_has_sent_all_may_be_lost() -> None:
         assert not scene.broken.done()
 
     run(work, background=True)
+
+
+def test_a_runtime_directory_that_cannot_be_made_is_an_errorof_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").write_text("")
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path / "run"))
+    ram = tmp_path / "ram0"
+    ram.write_bytes(bytes(PAGE_SIZE))
+    answers = {
+        "query-migrate-capabilities": [
+            {"capability": name, "state": False} for name in SOURCE_CAPABILITIES
+        ],
+        "query-name": {"name": "vm1"},
+        "query-status": {"status": "running"},
+        "query-migrate": {},
+        "qom-list": [],
+        "query-memory-size-summary": {"base-memory": 0},
+    }
+    said: list[str] = []
+
+    async def main() -> None:
+        with pytest.raises(UmemError, match=r"cannot make .*: Not a directory"):
+            await Migration(Plan(fake.qmp, Address("h", 1), b""), said.append).run()
+
+    with fake_qemu(tmp_path, ram, answers=answers) as fake:
+        asyncio.run(main())
+
+
+def test_an_error_of_the_system_is_a_line_that_names_the_file() -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/umem/x")
+    assert str(of_system(error)) == "/run/umem/x: No space left on device"
+    assert str(of_system(OSError("AF_UNIX path too long"))) == "AF_UNIX path too long"
 
 
 @pytest.mark.parametrize("state", [State.DEVICE, State.POSTCOPY_ACTIVE])
