@@ -43,13 +43,17 @@ _OWN_RAM: Final = (
     "memory-backend-file,share=on can be migrated away, too.)"
 )
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
+_WHOLE: Final = 65536
+"""RAM is a multiple of it: umem serves whole pages, which are larger nowhere.  QEMU rounds to
+8 KiB.
+"""
 _UNITS: Final = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a command line asks for.  size is bytes of RAM; rest is every option that stays, in
-    order.
+    """What a command line asks for.  size is bytes of RAM, rounded up to what umem serves; rest is
+    every option that stays, in order.
     """
 
     binary: str
@@ -73,8 +77,7 @@ def parse_size(text: str) -> int:
     size = int(float(match[1]) * (1 << _UNITS[(match[2] or "m").lower()]))
     if size <= 0:
         raise UsageError(f"-m {text}: a VM needs RAM")
-    # QEMU rounds likewise; umem serves whole pages, which are larger nowhere.
-    return -(-size // 65536) * 65536
+    return size
 
 
 def _properties(text: str) -> list[tuple[str, str]]:
@@ -158,10 +161,14 @@ def parse(argv: Sequence[str]) -> Wish:
             _refuse_expecting(option)
     else:
         rest += [("-incoming", channel) for channel in incoming]
+    whole = -(-size // _WHOLE) * _WHOLE
+    if whole != size:
+        # QEMU wants the size of the back end here, and takes the last one that it reads.
+        rest.append(("-m", f"size={whole}b"))
     return Wish(
         binary=argv[0],
         name=name,
-        size=size,
+        size=whole,
         postcopy_from=parse_address(incoming[0], listening=True) if postcopy else None,
         touch_pages=flags == "1",
         autostart=autostart,
@@ -201,10 +208,9 @@ def _refuse(option: tuple[str, ...]) -> None:
                 raise UsageError(f"{text}: {_OWN_RAM}")
         case ("-machine" | "-M", argument) if "memory-backend" in dict(_properties(argument)):
             raise UsageError(f"{text}: {_OWN_RAM}")
-        case ("-numa", argument) if {"memdev", "mem"} & dict(_properties(argument)).keys():
-            raise UsageError(
-                f"{text}: one RAM block only, so far; give -numa without memdev= and mem="
-            )
+        case ("-numa", _):
+            # A node names its RAM block, by memdev=; QEMU takes none together with a machine's.
+            raise UsageError(f"{text}: one RAM block without NUMA nodes, so far; leave it out")
         case ("-daemonize",):
             raise UsageError(
                 "-daemonize: umem-qemu stays with its QEMU; put it in the background itself"
