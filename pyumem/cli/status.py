@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from typing import Any
 
 import click
@@ -11,6 +13,7 @@ from pyumem import runtime
 from pyumem.cli.common import json_option, plain, print_json, share, size
 from pyumem.control import ControlClient
 from pyumem.errors import ControlError
+from pyumem.report import State
 
 _ANSWER_S = 5.0
 
@@ -34,6 +37,30 @@ def _ask_migrations() -> list[dict[str, Any]]:
     return found
 
 
+def _find_kept(served: Collection[str]) -> list[dict[str, Any]]:
+    """Return the VMs that left and whose `umemctl migrate` is no more, though they need it."""
+    found = []
+    for path in sorted(runtime.migrate_dir().glob("*.json")):
+        if path.stem in served:
+            continue
+        try:
+            record = json.loads(path.read_text())
+            ram = [str(block["path"]) for block in record["ram"]]
+            destination = str(record["destination"])
+        except (OSError, ValueError, LookupError, TypeError):
+            ram, destination = [], "?"  # cut off by a full disk, say: it counts all the same
+        found.append(
+            {
+                "name": path.stem,
+                "state": State.POSTCOPY_PAUSED.value,
+                "destination": destination,
+                "ram": ram,
+                "record": str(path),
+            }
+        )
+    return found
+
+
 @click.command()
 @json_option
 def command(as_json: bool) -> None:
@@ -43,8 +70,10 @@ def command(as_json: bool) -> None:
     Neither touches guest memory or waits for the network to answer.
 
     States of a migration: setup, device, postcopy-active, postcopy-paused (committed, but pages do
-    not flow: the guest waits), completed, failed, cancelled.  Exit status 1 when neither a daemon
-    nor a migration is there.
+    not flow: the guest waits), completed, failed, cancelled.  A VM that left and is not served any
+    more, because its `umemctl migrate` ended before every page had moved, is shown as
+    postcopy-paused with the memory that is kept for it here.  Exit status 1 when there is nothing
+    to show.
 
     \b
     Examples:
@@ -52,21 +81,24 @@ def command(as_json: bool) -> None:
       umemctl status --json | jq '.serve.vms[].state'
     """
     serve, migrations = _ask_serve(), _ask_migrations()
+    kept = _find_kept({one["name"] for one in migrations})
     if as_json:
-        print_json({"serve": serve, "migrations": migrations})
+        print_json({"serve": serve, "migrations": migrations, "kept": kept})
     else:
-        _show(serve, migrations)
-    if serve is None and not migrations:
+        _show(serve, migrations, kept)
+    if serve is None and not migrations and not kept:
         raise SystemExit(1)
 
 
-def _show(serve: dict[str, Any] | None, migrations: list[dict[str, Any]]) -> None:
+def _show(
+    serve: dict[str, Any] | None, migrations: list[dict[str, Any]], kept: list[dict[str, Any]]
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # markup=False: a name or an address in brackets is text here, not rich's markup.
-    console = Console(markup=False, highlight=False)
+    # A name or an address is text here, neither markup ([fd00::1]) nor an emoji (tcp:a:1).
+    console = Console(markup=False, emoji=False, highlight=False)
     if serve is None:
         console.print(f"no `umemctl serve` answers on {runtime.serve_socket()}")
     else:
@@ -76,6 +108,12 @@ def _show(serve: dict[str, Any] | None, migrations: list[dict[str, Any]]) -> Non
         for vm in serve["history"]:
             reason = f": {vm['reason']}" if vm["reason"] else ""
             console.print(f"  {vm['name']}: {vm['state']}{plain(reason)}")
+    for one in kept:
+        console.print(
+            f"{one['name']}: {one['state']} at {plain(one['destination'])}, not served; "
+            f"its memory is kept in {plain(', '.join(one['ram']) or '?')} (see {one['record']})",
+            soft_wrap=True,  # paths are to be copied
+        )
     if not migrations:
         return
     table = Table("VM", "to", "state", "pages", "demand", "background", "zero", "moved")

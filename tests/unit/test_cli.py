@@ -77,8 +77,32 @@ def test_errors_are_a_line_and_a_status(
 
 def test_status_for_programs(umemctl: Umemctl) -> None:
     result = umemctl("status", "--json")
-    assert json.loads(result.stdout) == {"serve": None, "migrations": []}
+    assert json.loads(result.stdout) == {"serve": None, "migrations": [], "kept": []}
     assert result.exit_code == 1
+
+
+def test_status_shows_a_vm_that_needs_memory_which_nobody_serves(
+    umemctl: Umemctl, tmp_path: Path
+) -> None:
+    (tmp_path / "migrate").mkdir()
+    record = tmp_path / "migrate" / "vm1.json"
+    ram = [{"id": "ram0", "path": "/dev/shm/umem/vm1/ram0"}]
+    record.write_text(json.dumps({"vm": "vm1", "destination": "tcp:a:1", "ram": ram}))
+    (tmp_path / "migrate" / "vm2.json").write_text("{")
+    result = umemctl("status", "--json")
+    assert result.exit_code == 0
+    first, second = json.loads(result.stdout)["kept"]
+    assert first == {
+        "name": "vm1",
+        "state": "postcopy-paused",
+        "destination": "tcp:a:1",
+        "ram": ["/dev/shm/umem/vm1/ram0"],
+        "record": str(record),
+    }
+    assert (second["name"], second["ram"]) == ("vm2", [])
+    text = umemctl("status").output
+    assert "vm1: postcopy-paused at tcp:a:1, not served" in text
+    assert "kept in /dev/shm/umem/vm1/ram0" in text
 
 
 def test_every_number_of_the_report_has_its_unit() -> None:
@@ -153,7 +177,7 @@ def test_brackets_and_control_characters_are_text(capsys: pytest.CaptureFixture[
         ("pages_done", "pages_total", "pages_demand", "pages_background", "pages_zero"), 1
     )
     running = {"name": "vm2", "destination": address, "state": "device", "bytes_moved": 1, **counts}
-    status._show(serve, [running])
+    status._show(serve, [running], [])
     report = Report("vm1", address, "0", State.COMPLETED, guest_ended="[/x]\x1b")
     show_report(report)
     text = capsys.readouterr().out.replace("\n", "")
