@@ -70,6 +70,11 @@ _ANSWER_S: Final = 60.0
 _RESTORE_S: Final = 5.0
 _POLL_S: Final = 0.05
 _MAY_LEAVE: Final = ("running", "paused", "prelaunch")
+_STATES: Final = "only a running or paused VM can leave"
+_WHY_NOT: Final = {
+    "postmigrate": "QEMU lets it leave again after `cont` at its monitor (and `stop`, if it is to "
+    "be paused); only if it does not run elsewhere",
+}
 _BUSY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 
 
@@ -273,9 +278,7 @@ class Migration:
         self.vm = self.report.vm = name if valid_name(name) else f"qemu-{qemu.pid}"
         status = await qemu.status()
         if status not in _MAY_LEAVE:
-            raise CheckError(
-                f"VM {self.vm} is in state {status}; only a running or paused VM can leave"
-            )
+            raise CheckError(f"VM {self.vm} is in state {status}; {_WHY_NOT.get(status, _STATES)}")
         busy = await qemu.execute("query-migrate")
         if busy.get("status") in _BUSY:
             raise CheckError(f"VM {self.vm} is being migrated already ({busy['status']})")
@@ -573,7 +576,10 @@ class Migration:
             while (await qemu.execute("query-migrate")).get("status") in _BUSY:
                 await asyncio.sleep(_POLL_S)
         if not self._was_running:
-            self._tell(f"{self.vm} is paused at the source, as it was")
+            status = await qemu.status()
+            # Some QEMUs put a paused VM into postmigrate, and there is no way back but to run it.
+            but = f", in state {status}: {_WHY_NOT[status]}" if status in _WHY_NOT else ""
+            self._tell(f"{self.vm} is paused at the source, as it was{but}")
             return
         while (status := await qemu.status()) != "running":
             if status not in ("finish-migrate",):

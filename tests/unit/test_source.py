@@ -6,21 +6,29 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from pyumem.address import Address
-from pyumem.errors import LinkError, UmemError, of_system
+from pyumem.errors import CheckError, LinkError, UmemError, of_system
 from pyumem.hello import Lane
-from pyumem.qemu import SOURCE_CAPABILITIES
+from pyumem.qemu import SOURCE_CAPABILITIES, Qemu
 from pyumem.ram import PAGE_SIZE
 from pyumem.report import State
 from pyumem.source import Migration, Plan
 from pyumem.stats import StatsBlock
 from pyumem.workers import Worker
 from tests.unit.fake_qemu import fake_qemu
+
+ANSWERS = {
+    "query-migrate-capabilities": [
+        {"capability": name, "state": False} for name in SOURCE_CAPABILITIES
+    ],
+    "query-name": {"name": "vm1"},
+}
 
 
 class Scene:
@@ -89,10 +97,7 @@ def test_a_runtime_directory_that_cannot_be_made_is_an_errorof_system(
     ram = tmp_path / "ram0"
     ram.write_bytes(bytes(PAGE_SIZE))
     answers = {
-        "query-migrate-capabilities": [
-            {"capability": name, "state": False} for name in SOURCE_CAPABILITIES
-        ],
-        "query-name": {"name": "vm1"},
+        **ANSWERS,
         "query-status": {"status": "running"},
         "query-migrate": {},
         "qom-list": [],
@@ -105,6 +110,40 @@ def test_a_runtime_directory_that_cannot_be_made_is_an_errorof_system(
             await Migration(Plan(fake.qmp, Address("h", 1), b""), said.append).run()
 
     with fake_qemu(tmp_path, ram, answers=answers) as fake:
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("state", "more"), [("paused", ""), ("postmigrate", r", in state postmigrate: .*`cont`.*")]
+)
+def test_a_paused_vm_that_stays_is_told_with_its_state(
+    tmp_path: Path, state: str, more: str
+) -> None:
+    """QEMU 7.2 does not migrate it again from postmigrate, whatever we do."""
+    said: list[str] = []
+
+    async def main() -> None:
+        qemu = await Qemu.connect(fake.qmp)
+        await Migration(Plan(fake.qmp, Address("h", 1), b""), said.append)._make_run(qemu)
+        await qemu.close()
+
+    with fake_qemu(tmp_path, answers={"query-status": {"status": state}}) as fake:
+        asyncio.run(main())
+        assert "cont" not in fake.heard()
+    assert re.fullmatch(f" is paused at the source, as it was{more}", said[0])
+
+
+def test_a_vm_in_postmigrate_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    answers = {
+        **ANSWERS,
+        "query-status": {"status": "postmigrate"},
+    }
+
+    async def main() -> None:
+        with pytest.raises(CheckError, match="after `cont` at its monitor"):
+            await Migration(Plan(fake.qmp, Address("h", 1), b""), print).run()
+
+    with fake_qemu(tmp_path, answers=answers) as fake:
         asyncio.run(main())
 
 
