@@ -5,8 +5,11 @@ mark them cached.
 Three things are shared by the lanes of a migration:
 
   areas     the driver's areas, or anything with their interface (AreaLike)
-  received  one byte a page: a page that came once is refused a second time, whatever the peer does,
-            since the guest owns it by then
+  received  one byte a page: a page that came once is refused a second time, since the guest owns it
+            by then.  The lanes look at it without a lock: a source that lies and sends a page on
+            two lanes in the same instant gets both in.  It could have sent anything the first time,
+            and it is its own guest; a lock would have a requested page wait for a background lane
+            that was preempted with it
   asked     one 64-bit word a page: when the request was read off the driver (CLOCK_MONOTONIC, ns),
             0 if never; the lane on which the page then
             comes, whichever it is, records the latency
