@@ -367,6 +367,10 @@ class Migration:
             "%s: committed, the VM %s here", self._target.name, "runs" if run else "stands, paused,"
         )
         await self._link.send_json(Kind.RUNNING, {"running": run})
+        if run:
+            # QEMU has done so when it had loaded; that the VM is here is certain only now.  Not
+            # waited for: QEMU's main loop may wait for a page.
+            self._spawn(self._target.qemu.announce(), "announce")
         self._spawn(self._watch_complete(), "watch completeness")
 
     async def _watch_complete(self) -> None:

@@ -37,6 +37,8 @@ SOURCE_CAPABILITIES: Final = (IGNORE_SHARED, "pause-before-switchover", "events"
 DESTINATION_CAPABILITIES: Final = (IGNORE_SHARED, "events", "late-block-activate")
 UNLIMITED_BANDWIDTH: Final = 1 << 40
 """Bytes a second for the device state: our sockets are the limit."""
+_ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""QEMU's own defaults, in milliseconds; it wants to be told them."""
 _GREETING_S: Final = 5.0
 _QUIT_S: Final = 5.0
 _RETRY_S: Final = 0.02
@@ -222,6 +224,11 @@ class Qemu:
         """Return what -name says, empty without it."""
         answer = await self.execute("query-name")
         return str(answer.get("name", ""))
+
+    async def announce(self) -> None:
+        """Have the VM's network cards tell the switches where they are.  Best effort."""
+        with contextlib.suppress(QemuError):
+            await self.execute("announce-self", **_ANNOUNCE)
 
     async def capabilities(self) -> dict[str, bool]:
         """Return the migration capabilities and whether they are on."""

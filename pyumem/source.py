@@ -586,6 +586,8 @@ class Migration:
                 await qemu.execute("cont")
             await asyncio.sleep(_POLL_S)
         self._tell(f"{self.vm} runs on at the source")
+        # The destination's QEMU announces itself when it has loaded, before it may run.
+        await qemu.announce()
 
     # --- commit ---
 

@@ -133,6 +133,21 @@ def test_a_paused_vm_that_stays_is_told_with_its_state(
     assert re.fullmatch(f" is paused at the source, as it was{more}", said[0])
 
 
+def test_a_vm_that_runs_on_tells_the_switches(tmp_path: Path) -> None:
+    async def main() -> None:
+        qemu = await Qemu.connect(fake.qmp)
+        migration = Migration(Plan(fake.qmp, Address("h", 1), b""), said.append)
+        migration._was_running = True
+        await migration._make_run(qemu)
+        await qemu.close()
+
+    said: list[str] = []
+    with fake_qemu(tmp_path, answers={"query-status": {"status": "running"}}) as fake:
+        asyncio.run(main())
+        assert fake.heard()[-1] == "announce-self"
+    assert said == [" runs on at the source"]
+
+
 def test_a_vm_in_postmigrate_is_refused_with_the_way_out(tmp_path: Path) -> None:
     answers = {
         **ANSWERS,
