@@ -37,6 +37,7 @@ SOURCE_CAPABILITIES: Final = (IGNORE_SHARED, "pause-before-switchover", "events"
 DESTINATION_CAPABILITIES: Final = (IGNORE_SHARED, "events", "late-block-activate")
 UNLIMITED_BANDWIDTH: Final = 1 << 40
 """Bytes a second for the device state: our sockets are the limit."""
+_STREAM: Final = "umem-device-state"
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 """QEMU's own defaults, in milliseconds; it wants to be told them."""
 _GREETING_S: Final = 5.0
@@ -229,6 +230,23 @@ class Qemu:
         """Have the VM's network cards tell the switches where they are.  Best effort."""
         with contextlib.suppress(QemuError):
             await self.execute("announce-self", **_ANNOUNCE)
+
+    async def migrate_into(self, sock: socket.socket) -> None:
+        """Begin to migrate into a socket, of which QEMU gets a duplicate.
+
+        Of a path it might not be allowed to connect to (-runas, a sandbox).  Raises QemuError.
+        """
+        try:
+            self._client.send_fd_scm(sock.fileno())
+        except (QMPError, OSError) as e:
+            raise QemuError(f"QEMU (pid {self.pid}) does not take a socket: {e}") from e
+        await self.execute("getfd", fdname=_STREAM)
+        try:
+            await self.execute("migrate", uri=f"fd:{_STREAM}")
+        except QemuError:
+            with contextlib.suppress(QemuError):
+                await self.execute("closefd", fdname=_STREAM)
+            raise
 
     async def capabilities(self) -> dict[str, bool]:
         """Return the migration capabilities and whether they are on."""

@@ -73,7 +73,7 @@ _MAY_LEAVE: Final = ("running", "paused", "prelaunch")
 _STATES: Final = "only a running or paused VM can leave"
 _WHY_NOT: Final = {
     "postmigrate": "QEMU lets it leave again after `cont` at its monitor (and `stop`, if it is to "
-    "be paused); only if it does not run elsewhere",
+    "be paused)",
 }
 _BUSY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 
@@ -449,36 +449,32 @@ class Migration:
         qemu = self._qemu
         assert qemu is not None
         await self._prepare_qemu(qemu, stack)
-        path = runtime.migrate_dir() / f"{self.vm}.stream"
-        path.unlink(missing_ok=True)
-        stack.callback(path.unlink, missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-            listener.setblocking(False)
-            listener.bind(str(path))
-            listener.listen(1)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
             self.state = State.DEVICE
             self._was_running = await qemu.status() == "running"
-            await qemu.execute("migrate", uri=f"unix:{path}")
-            relay = self._spawn(self._relay(listener, qemu), "relay device state")
-            # Stopped, with all I/O drained: RAM does not change any more, and pages may be read.
-            await qemu.wait_migration("pre-switchover", "device", "completed")
-            self._stopped_at = qemu.stopped_at or time.monotonic()
-            qemu.resumed = False
-            self._go(Lane.URGENT)
-            try:
-                async with asyncio.timeout(_STILL_S):
-                    await qemu.execute("migrate-continue", state="pre-switchover")
-                    await qemu.wait_migration("completed")
-                    # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
-                    await asyncio.shield(relay)
-                    # All is out.  From here on nobody at a monitor or on a serial port can move it.
-                    qemu.freeze()
-                    await self._told[Kind.PREPARED]
-            except TimeoutError:
-                raise LinkError(
-                    f"{self._plan.destination}: has not loaded the device state after "
-                    f"{_STILL_S:g} s, during which {self.vm} stood still"
-                ) from None
+            relay = self._spawn(self._relay(ours, qemu), "relay device state")
+            await qemu.migrate_into(theirs)
+        # Stopped, with all I/O drained: RAM does not change any more, and pages may be read.
+        await qemu.wait_migration("pre-switchover", "device", "completed")
+        self._stopped_at = qemu.stopped_at or time.monotonic()
+        qemu.resumed = False
+        self._go(Lane.URGENT)
+        try:
+            async with asyncio.timeout(_STILL_S):
+                await qemu.execute("migrate-continue", state="pre-switchover")
+                await qemu.wait_migration("completed")
+                # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
+                await asyncio.shield(relay)
+                # All is out.  From here on nobody at a monitor or on a serial port can move it.
+                qemu.freeze()
+                await self._told[Kind.PREPARED]
+        except TimeoutError:
+            raise LinkError(
+                f"{self._plan.destination}: has not loaded the device state after "
+                f"{_STILL_S:g} s, during which {self.vm} stood still"
+            ) from None
 
     async def _prepare_qemu(self, qemu: Qemu, stack: contextlib.AsyncExitStack) -> None:
         """Set what this migration needs; put it back at the end if QEMU is still there."""
@@ -505,13 +501,12 @@ class Migration:
         )
         await qemu.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BANDWIDTH)
 
-    async def _relay(self, listener: socket.socket, qemu: Qemu) -> None:
+    async def _relay(self, stream: socket.socket, qemu: Qemu) -> None:
         """Pass QEMU's stream on to the destination."""
         assert self._link is not None
         loop = asyncio.get_running_loop()
         buffer = memoryview(bytearray(_PIECE))
         try:
-            stream, _ = await loop.sock_accept(listener)
             with stream:
                 while got := await loop.sock_recv_into(stream, buffer):
                     await self._link.send(wire.pack(Kind.DEVICE, got), buffer[:got])

@@ -6,6 +6,7 @@
 maps the file RAM (none when empty) and answers on SOCKET as the JSON object BEHAVIOUR says:
 
     answers      what a command returns, {} where it is not named
+    refuses      commands that are an error
     deaf         `quit` is not heard
     mute_s       seconds before the first client is greeted
     events       events that are told after the greeting
@@ -57,6 +58,10 @@ def _serve(sock: socket.socket, behaviour: dict[str, Any], log: Path) -> None:
         with log.open("a") as file:
             file.write(command + "\n")
         if command == "quit" and behaviour.get("deaf"):
+            continue
+        if command in behaviour.get("refuses", ()):
+            error = {"class": "GenericError", "desc": "no"}
+            _say(sock, {"error": error, "id": question.get("id")})
             continue
         answer = behaviour.get("answers", {}).get(command, {})
         _say(sock, {"return": answer, "id": question.get("id")})

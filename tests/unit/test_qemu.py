@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -120,3 +121,20 @@ def test_a_connection_that_is_given_up_leaves_no_descriptor(
         before = open_descriptors()
         asyncio.run(main())
         assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_qemu_is_given_a_socket_to_migrate_into(tmp_path: Path, refused: bool) -> None:
+    async def work(qemu: Qemu) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            if refused:
+                with pytest.raises(QemuError, match="refused migrate"):
+                    await qemu.migrate_into(theirs)
+            else:
+                await qemu.migrate_into(theirs)
+
+    with fake_qemu(tmp_path, refuses=["migrate"] if refused else []) as fake:
+        with_qemu(fake.qmp, work)
+        asked = [command for command in fake.heard() if command != "qmp_capabilities"]
+    assert asked == ["getfd", "migrate", *(["closefd"] if refused else [])]
