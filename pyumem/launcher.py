@@ -196,7 +196,7 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
     """Wait until the VM has arrived, or QEMU has ended.
 
     Without `umemctl serve` there will be no VM: QEMU would wait for ever, and is ended.  Returns
-    why, empty if it was not.
+    why, empty if it was not, also when QEMU ended by itself and serve only saw that first.
     """
     pidfd = os.pidfd_open(process.pid)
     try:
@@ -215,11 +215,13 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
     except ControlError:
         reason = "`umemctl serve` is gone"
     process.terminate()
+    ours = {0, -signal.SIGTERM}
     try:
         process.wait(_QEMU_END_S)
     except subprocess.TimeoutExpired:
         process.kill()  # it sleeps in the fault of a page that nobody brings
-    return reason
+        ours.add(-signal.SIGKILL)
+    return reason if process.wait() in ours else ""
 
 
 def _run_qemu(argv: Sequence[str], signals: Signals, keep: int, serve: ControlClient | None) -> int:

@@ -419,3 +419,16 @@ def test_a_qemu_that_ends_by_itself_has_its_own_status(host: Host) -> None:
     host.script("exit 0")
     assert host.run(*EXPECT)[0] == 0
     serve.close()
+
+
+@pytest.mark.usefixtures("driver")
+def test_serve_may_see_first_that_qemu_is_dying(host: Host) -> None:
+    serve = FakeServe(AREAS)
+    host.script("trap '' TERM; sleep 1; kill -KILL $$")
+    process = host.start(*EXPECT)
+    host.argv()
+    serve.tell("given-up", reason="the destination's QEMU is gone")
+    _, err = process.communicate(timeout=30)
+    serve.close()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "did not arrive" not in err
