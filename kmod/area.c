@@ -14,10 +14,13 @@
  *
  * Copyright (C) 2026 The umem authors
  */
+#include <linux/capability.h>
 #include <linux/cdev.h>
+#include <linux/cred.h>
 #include <linux/ctype.h>
 #include <linux/device.h>
 #include <linux/fcntl.h>
+#include <linux/log2.h>
 #include <linux/module.h>
 #include <linux/mount.h>
 #include <linux/rcupdate.h>
@@ -37,6 +40,11 @@ module_param(max_area_gib, uint, 0644);
 MODULE_PARM_DESC(max_area_gib,
 		 "Largest area in GiB (default 0: four times the memory)");
 
+static unsigned int max_user_gib;
+module_param(max_user_gib, uint, 0644);
+MODULE_PARM_DESC(max_user_gib,
+		 "GiB of areas that one user without CAP_SYS_RESOURCE may have (default 0: no limit)");
+
 /* Page offsets leave room for flags in a ring entry, and bitmaps for sanity. */
 #define UMEM_MAX_PAGES	BIT_ULL(32)
 
@@ -48,6 +56,7 @@ static DEFINE_XARRAY_ALLOC(umem_areas);
 static unsigned int umem_nr_areas;
 static u32 umem_next_id;
 static struct vfsmount *umem_mnt;
+static struct vfsmount *umem_huge_mnt;
 
 static dev_t umem_devt;
 static struct cdev umem_node_cdev;
@@ -77,7 +86,8 @@ static DEVICE_ATTR_RO(size);
 static ssize_t granule_size_show(struct device *dev,
 				 struct device_attribute *attr, char *buf)
 {
-	return sysfs_emit(buf, "%lu\n", PAGE_SIZE);
+	return sysfs_emit(buf, "%u\n",
+			  umem_granule_size(dev_get_drvdata(dev)));
 }
 static DEVICE_ATTR_RO(granule_size);
 
@@ -119,6 +129,24 @@ static ssize_t server_pid_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(server_pid);
 
+static ssize_t huge_show(struct device *dev, struct device_attribute *attr,
+			 char *buf)
+{
+	struct umem_area *area = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%d\n", area->huge);
+}
+static DEVICE_ATTR_RO(huge);
+
+static ssize_t loss_timeout_ms_show(struct device *dev,
+				    struct device_attribute *attr, char *buf)
+{
+	struct umem_area *area = dev_get_drvdata(dev);
+
+	return sysfs_emit(buf, "%u\n", READ_ONCE(area->loss_timeout_ms));
+}
+static DEVICE_ATTR_RO(loss_timeout_ms);
+
 static struct attribute *umem_area_attrs[] = {
 	&dev_attr_name.attr,
 	&dev_attr_size.attr,
@@ -127,9 +155,20 @@ static struct attribute *umem_area_attrs[] = {
 	&dev_attr_delivered.attr,
 	&dev_attr_served.attr,
 	&dev_attr_server_pid.attr,
+	&dev_attr_huge.attr,
+	&dev_attr_loss_timeout_ms.attr,
 	NULL
 };
-ATTRIBUTE_GROUPS(umem_area);
+
+static const struct attribute_group umem_area_group = {
+	.attrs	= umem_area_attrs,
+};
+
+static const struct attribute_group *umem_area_groups[] = {
+	&umem_area_group,
+	&umem_stats_group,
+	NULL
+};
 
 static char *umem_area_devnode(umem_devnode_arg *dev, umode_t *mode,
 			       kuid_t *uid, kgid_t *gid)
@@ -189,6 +228,16 @@ int umem_area_add_node(struct umem_area *area)
 	return 0;
 }
 
+static void umem_area_free(struct umem_area *area)
+{
+	kvfree(area->poisoned);
+	kvfree(area->discarded);
+	kvfree(area->requested);
+	kvfree(area->cached);
+	free_percpu(area->counts);
+	kfree(area);
+}
+
 static void umem_area_destroy(struct umem_area *area)
 {
 	if (area->dev)
@@ -200,10 +249,7 @@ static void umem_area_destroy(struct umem_area *area)
 	mutex_unlock(&umem_areas_mutex);
 
 	fput(area->backing);
-	kvfree(area->discarded);
-	kvfree(area->requested);
-	kvfree(area->cached);
-	kfree(area);
+	umem_area_free(area);
 }
 
 static void umem_area_release(struct kref *ref)
@@ -248,22 +294,84 @@ struct umem_area *umem_area_find(u32 id)
 	return area;
 }
 
+/**
+ * umem_area_find_name() - look an area up by its name
+ * @name: the name, not empty; need not end with a NUL
+ * @len: its length
+ *
+ * Return: the area, with a reference for the caller, or NULL.
+ */
+struct umem_area *umem_area_find_name(const char *name, unsigned int len)
+{
+	struct umem_area *area, *found = NULL;
+	unsigned long index;
+
+	mutex_lock(&umem_areas_mutex);
+	xa_for_each(&umem_areas, index, area) {
+		if (strlen(area->name) == len && !memcmp(area->name, name, len) &&
+		    kref_get_unless_zero(&area->ref)) {
+			found = area;
+			break;
+		}
+	}
+	mutex_unlock(&umem_areas_mutex);
+	return found;
+}
+
+/**
+ * umem_area_next() - find the first area from a number on
+ * @id: in: the number; out: that of the area
+ *
+ * Return: the area, with a reference for the caller, or NULL.
+ */
+struct umem_area *umem_area_next(u32 *id)
+{
+	struct umem_area *area, *found = NULL;
+	unsigned long index;
+
+	mutex_lock(&umem_areas_mutex);
+	xa_for_each_start(&umem_areas, index, area, *id) {
+		if (kref_get_unless_zero(&area->ref)) {
+			found = area;
+			*id = index;
+			break;
+		}
+	}
+	mutex_unlock(&umem_areas_mutex);
+	return found;
+}
+
+/* May this area be, next to those that are there? */
+static int umem_area_check(const struct umem_area *area)
+{
+	u64 limit = (u64)READ_ONCE(max_user_gib) << (30 - PAGE_SHIFT);
+	u64 npages = area->npages;
+	struct umem_area *other;
+	unsigned long index;
+
+	lockdep_assert_held(&umem_areas_mutex);
+
+	if (umem_nr_areas >= READ_ONCE(max_areas))
+		return -ENOSPC;
+	xa_for_each(&umem_areas, index, other) {
+		if (area->name[0] && kref_read(&other->ref) &&
+		    !strcmp(other->name, area->name))
+			return -EEXIST;
+		if (uid_eq(other->uid, area->uid))
+			npages += other->npages;
+	}
+	if (limit && npages > limit && !capable(CAP_SYS_RESOURCE))
+		return -EDQUOT;
+	return 0;
+}
+
 /* Give the area its id, if its name is free. */
 static int umem_area_publish(struct umem_area *area)
 {
-	struct umem_area *other;
-	unsigned long index;
-	int ret = 0;
+	int ret;
 
 	mutex_lock(&umem_areas_mutex);
-	if (umem_nr_areas >= READ_ONCE(max_areas))
-		ret = -ENOSPC;
-	if (area->name[0]) {
-		xa_for_each(&umem_areas, index, other)
-			if (kref_read(&other->ref) &&
-			    !strcmp(other->name, area->name))
-				ret = -EEXIST;
-	}
+	ret = umem_area_check(area);
 	/* A number is used again as late as can be: nodes are known by it. */
 	if (!ret)
 		ret = xa_alloc_cyclic(&umem_areas, &area->id, area,
@@ -286,6 +394,9 @@ static u64 umem_max_size(void)
 
 static bool umem_name_is_valid(const char *name)
 {
+	/* It is a file's name too. */
+	if (!strcmp(name, ".") || !strcmp(name, ".."))
+		return false;
 	for (; *name; name++)
 		if (!isascii(*name) ||
 		    (!isalnum(*name) && !strchr("._:+-", *name)))
@@ -293,52 +404,33 @@ static bool umem_name_is_valid(const char *name)
 	return true;
 }
 
-/**
- * umem_area_create() - make an area
- * @size: bytes, rounded up to the page here
- * @name: NUL-terminated, shorter than UMEM_NAME_MAX; empty for none
- *
- * Return: the area, with a reference for the caller, or an ERR_PTR().
- */
-struct umem_area *umem_area_create(u64 size, const char *name)
+/* Is it a size that granules can have? */
+static bool umem_granule_is_valid(const struct umem_create *wish)
 {
-	char file_name[UMEM_NAME_MAX + sizeof("umem:")];
-	struct umem_area *area;
+	u32 size = wish->granule_size;
+
+	if (!size)
+		return true;
+	if (!is_power_of_2(size) || size < PAGE_SIZE || size > UMEM_GRANULE_MAX)
+		return false;
+	/* One granule, one huge page. */
+	return !(wish->flags & UMEM_CREATE_HUGE) || size == HPAGE_PMD_SIZE;
+}
+
+/* The backing file: a tmpfs file of the driver's own. */
+static struct file *umem_area_new_backing(struct umem_area *area)
+{
+	char name[UMEM_NAME_MAX + sizeof("umem:")];
 	struct inode *inode;
-	int ret;
+	struct file *file;
 
-	if (!size || size > umem_max_size() || !umem_name_is_valid(name))
-		return ERR_PTR(-EINVAL);
-
-	area = kzalloc(sizeof(*area), GFP_KERNEL_ACCOUNT);
-	if (!area)
-		return ERR_PTR(-ENOMEM);
-
-	kref_init(&area->ref);
-	area->npages = DIV_ROUND_UP_ULL(size, PAGE_SIZE);
-	strscpy(area->name, name, sizeof(area->name));
-	area->uid = current_fsuid();
-	area->gid = current_fsgid();
-	spin_lock_init(&area->server_lock);
-	umem_requests_init(area);
-
-	ret = -ENOMEM;
-	area->cached = kvcalloc(BITS_TO_LONGS(area->npages), sizeof(long),
-				GFP_KERNEL_ACCOUNT);
-	area->requested = kvcalloc(BITS_TO_LONGS(area->npages), sizeof(long),
-				   GFP_KERNEL_ACCOUNT);
-	if (!area->cached || !area->requested)
-		goto free;
-
-	snprintf(file_name, sizeof(file_name), "umem:%s", area->name);
-	area->backing = shmem_file_setup_with_mnt(umem_mnt, file_name,
-						  umem_area_size(area),
-						  VM_NORESERVE);
-	if (IS_ERR(area->backing)) {
-		ret = PTR_ERR(area->backing);
-		goto free;
-	}
-	inode = file_inode(area->backing);
+	snprintf(name, sizeof(name), "umem:%s", area->name);
+	file = shmem_file_setup_with_mnt(area->huge ? umem_huge_mnt : umem_mnt,
+					 name, umem_area_size(area),
+					 VM_NORESERVE);
+	if (IS_ERR(file))
+		return file;
+	inode = file_inode(file);
 	/* ftruncate() to the size that it has is the only one that is let. */
 	SHMEM_I(inode)->seals |= F_SEAL_SHRINK | F_SEAL_GROW;
 	/* Who may map it is decided at our nodes, not by labels of the inode. */
@@ -347,6 +439,64 @@ struct umem_area *umem_area_create(u64 size, const char *name)
 	 * for huge anonymous pages override the mount's huge=never.
 	 */
 	set_nlink(inode, 1);
+	return file;
+}
+
+/**
+ * umem_area_create() - make an area
+ * @wish: size, flags, granule size, loss policy and name; a name is NUL-terminated
+ *	and empty for none
+ *
+ * Return: the area, with a reference for the caller, or an ERR_PTR().
+ */
+struct umem_area *umem_area_create(const struct umem_create *wish)
+{
+	struct umem_area *area;
+	int ret;
+
+	if (!wish->size || wish->size > umem_max_size() ||
+	    !umem_name_is_valid(wish->name) || !umem_granule_is_valid(wish))
+		return ERR_PTR(-EINVAL);
+	if (wish->flags & UMEM_CREATE_HUGE && !umem_huge_mnt)
+		return ERR_PTR(-EOPNOTSUPP);
+	if (wish->flags & UMEM_CREATE_HUGE && !wish->granule_size)
+		return ERR_PTR(-EINVAL);
+
+	area = kzalloc(sizeof(*area), GFP_KERNEL_ACCOUNT);
+	if (!area)
+		return ERR_PTR(-ENOMEM);
+
+	kref_init(&area->ref);
+	if (wish->granule_size)
+		area->order = ilog2(wish->granule_size) - PAGE_SHIFT;
+	area->ngranules = DIV_ROUND_UP_ULL(wish->size, umem_granule_size(area));
+	area->npages = area->ngranules << area->order;
+	area->huge = wish->flags & UMEM_CREATE_HUGE;
+	area->loss_timeout_ms = wish->loss_timeout_ms;
+	area->lost_at = jiffies;
+	strscpy(area->name, wish->name, sizeof(area->name));
+	area->uid = current_fsuid();
+	area->gid = current_fsgid();
+	area->file_uid = area->uid;
+	area->file_gid = area->gid;
+	area->file_mode = 0660;
+	spin_lock_init(&area->server_lock);
+	umem_requests_init(area);
+
+	ret = -ENOMEM;
+	area->counts = alloc_percpu_gfp(struct umem_counts, GFP_KERNEL_ACCOUNT);
+	area->cached = kvcalloc(BITS_TO_LONGS(area->ngranules), sizeof(long),
+				GFP_KERNEL_ACCOUNT);
+	area->requested = kvcalloc(BITS_TO_LONGS(area->ngranules), sizeof(long),
+				   GFP_KERNEL_ACCOUNT);
+	if (!area->counts || !area->cached || !area->requested)
+		goto free;
+
+	area->backing = umem_area_new_backing(area);
+	if (IS_ERR(area->backing)) {
+		ret = PTR_ERR(area->backing);
+		goto free;
+	}
 
 	ret = umem_area_publish(area);
 	if (ret)
@@ -356,9 +506,7 @@ struct umem_area *umem_area_create(u64 size, const char *name)
 put_backing:
 	fput(area->backing);
 free:
-	kvfree(area->requested);
-	kvfree(area->cached);
-	kfree(area);
+	umem_area_free(area);
 	return ERR_PTR(ret);
 }
 
@@ -392,7 +540,8 @@ void umem_area_info(struct umem_area *area, struct umem_info *info)
 	info->nr_cached = atomic_long_read(&area->nr_cached);
 	info->nr_delivered = atomic_long_read(&area->nr_delivered);
 	info->id = area->id;
-	info->granule_size = PAGE_SIZE;
+	info->granule_size = umem_granule_size(area);
+	info->loss_timeout_ms = READ_ONCE(area->loss_timeout_ms);
 	info->owner_uid = from_kuid_munged(current_user_ns(), area->uid);
 	info->server_pid = umem_server_pid(area, &served);
 	if (served)
@@ -403,6 +552,8 @@ void umem_area_info(struct umem_area *area, struct umem_info *info)
 		info->flags |= UMEM_INFO_MAPPED;
 	if (area->dev)
 		info->flags |= UMEM_INFO_NODE;
+	if (area->huge)
+		info->flags |= UMEM_INFO_HUGE;
 	strscpy(info->name, area->name, sizeof(info->name));
 }
 
@@ -469,16 +620,7 @@ static int umem_node_release(struct inode *inode, struct file *file)
 
 static int umem_node_mmap(struct file *file, struct vm_area_struct *vma)
 {
-	/*
-	 * What is written to a private mapping is seen by nobody else and lost
-	 * to the next migration; nobody who maps a VM's memory wants that.
-	 */
-	if (!(vma->vm_flags & VM_MAYSHARE)) {
-		if (vma->vm_flags & VM_WRITE)
-			return -EINVAL;
-		vm_flags_clear(vma, VM_MAYWRITE);
-	}
-	return umem_face_mmap(file->private_data, vma);
+	return umem_face_mmap(file->private_data, vma, false);
 }
 
 /* SEEK_END tells a consumer the size. */
@@ -489,29 +631,41 @@ static loff_t umem_node_llseek(struct file *file, loff_t offset, int whence)
 }
 
 static const struct file_operations umem_node_fops = {
-	.owner		= THIS_MODULE,
-	.open		= umem_node_open,
-	.release	= umem_node_release,
-	.mmap		= umem_node_mmap,
-	.llseek		= umem_node_llseek,
+	.owner			= THIS_MODULE,
+	.open			= umem_node_open,
+	.release		= umem_node_release,
+	.mmap			= umem_node_mmap,
+	.get_unmapped_area	= thp_get_unmapped_area,
+	.llseek			= umem_node_llseek,
 };
 
 /*
- * A tmpfs of our own, on which huge pages are off: a large folio is mapped with
- * all its pages, so that a fault has to wait for every one of them.  It cannot
+ * A tmpfs of our own.  For most areas huge pages are off: a large folio is mapped
+ * with all its pages, so that a fault has to wait for every one of them.  It cannot
  * keep shmem_enabled=force away, nor MADV_COLLAPSE by a server; see fault.c.
  */
-static struct vfsmount *umem_mount(void)
+static struct vfsmount *umem_mount(const char *options)
 {
 	struct file_system_type *type = get_fs_type("tmpfs");
-	char options[] = "huge=never";
 	struct vfsmount *mnt;
+	char *data;
 
 	if (!type)
 		return ERR_PTR(-ENODEV);
-	mnt = vfs_kern_mount(type, SB_KERNMOUNT, "umem", options);
+	/* It is cut into pieces where it is. */
+	data = kstrdup(options, GFP_KERNEL);
+	mnt = data ? vfs_kern_mount(type, SB_KERNMOUNT, "umem", data) :
+		     ERR_PTR(-ENOMEM);
+	kfree(data);
 	module_put(type->owner);
 	return mnt;
+}
+
+static void umem_unmount(void)
+{
+	if (umem_huge_mnt)
+		mntput(umem_huge_mnt);
+	mntput(umem_mnt);
 }
 
 /**
@@ -523,9 +677,14 @@ int umem_areas_init(void)
 {
 	int ret;
 
-	umem_mnt = umem_mount();
+	umem_stats_init();
+	umem_mnt = umem_mount("huge=never");
 	if (IS_ERR(umem_mnt))
 		return PTR_ERR(umem_mnt);
+	/* Not every kernel and machine has them; then there are no huge areas. */
+	umem_huge_mnt = umem_mount("huge=always");
+	if (IS_ERR(umem_huge_mnt))
+		umem_huge_mnt = NULL;
 
 	ret = class_register(&umem_class);
 	if (ret)
@@ -547,7 +706,7 @@ unregister_region:
 unregister_class:
 	class_unregister(&umem_class);
 unmount:
-	mntput(umem_mnt);
+	umem_unmount();
 	return ret;
 }
 
@@ -562,7 +721,7 @@ void umem_areas_exit(void)
 	cdev_del(&umem_node_cdev);
 	unregister_chrdev_region(umem_devt, UMEM_MINORS);
 	class_unregister(&umem_class);
-	mntput(umem_mnt);
+	umem_unmount();
 	/* A fault that dropped the last file may yet be on its way out of here. */
 	synchronize_rcu_tasks();
 	WARN_ON(!xa_empty(&umem_areas));

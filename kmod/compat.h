@@ -36,6 +36,12 @@ static inline void vm_flags_clear(struct vm_area_struct *vma,
 }
 #endif
 
+#ifndef UMEM_HAVE_VMA_START_WRITE
+static inline void vma_start_write(struct vm_area_struct *vma)
+{
+}
+#endif
+
 #ifndef UMEM_HAVE_VFS_MMAP
 #define vfs_mmap(file, vma)	call_mmap(file, vma)
 #endif
@@ -44,6 +50,34 @@ static inline void vm_flags_clear(struct vm_area_struct *vma,
 #define umem_devnode_arg	const struct device
 #else
 #define umem_devnode_arg	struct device
+#endif
+
+/* Whose ids those of a mount are. */
+#ifdef UMEM_HAVE_MNT_IDMAP
+#define umem_idmap_arg		struct mnt_idmap
+#else
+#define umem_idmap_arg		struct user_namespace
+#endif
+
+#ifndef UMEM_HAVE_INIT_TS
+static inline void simple_inode_init_ts(struct inode *inode)
+{
+	inode->i_atime = current_time(inode);
+	inode->i_mtime = inode->i_atime;
+	inode->i_ctime = inode->i_atime;
+}
+#endif
+
+#ifndef UMEM_HAVE_DEFAULT_D_OP
+static inline void set_default_d_op(struct super_block *sb,
+				    const struct dentry_operations *ops)
+{
+	sb->s_d_op = ops;
+}
+#endif
+
+#ifdef UMEM_HAVE_STRUCT_FOLIO
+#define UMEM_HAVE_MAP_PAGES
 #endif
 
 const struct vm_operations_struct *umem_shmem_vm_ops(struct vm_area_struct *vma);

@@ -7,8 +7,9 @@
  * every page exists once, shared by server and consumer, swappable, and
  * accounted as shared memory.
  *
- * The vm_ops of a VMA never change while it lives.  A complete area is told by
- * one flag that the fault path reads first.
+ * A complete area is told by one flag that the fault path reads first.  From then on
+ * new mappings are plain ones of the backing file, and vma.c may make plain ones
+ * of those that are there; else the vm_ops of a VMA never change while it lives.
  *
  * Locking: faults come with mmap_lock or the VMA's own lock held for reading.
  * It is dropped before sleeping; the VMA may be gone afterwards, so its file is
@@ -25,6 +26,7 @@
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
 
+#include "trace.h"
 #include "umem.h"
 
 /*
@@ -49,12 +51,20 @@ static unsigned int umem_wait_state(unsigned int fault_flags)
 	return TASK_INTERRUPTIBLE;
 }
 
-/* A page is missing: wait for it, or say that nobody can. */
-static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
+/* A granule is missing: wait for it, or say that nobody can. */
+static vm_fault_t umem_fault_missing(struct vm_fault *vmf, unsigned long index)
 {
 	struct umem_area *area = vmf->vma->vm_private_data;
 	unsigned int state = umem_wait_state(vmf->flags);
 	struct file *face;
+	long left;
+
+	trace_umem_fault(area, index, vmf->flags);
+	if (unlikely(umem_is_poisoned(area, index)) &&
+	    !umem_is_cached(area, index)) {
+		this_cpu_inc(area->counts->nr_poison_hits);
+		return VM_FAULT_HWPOISON;
+	}
 
 	/*
 	 * A task that exits or dumps core must get on with it, and so must the
@@ -66,13 +76,19 @@ static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
 		return VM_FAULT_SIGBUS;
 	if (!(vmf->flags & FAULT_FLAG_ALLOW_RETRY))
 		return VM_FAULT_SIGBUS;
+	if (umem_server_is_lost(area, &left)) {
+		this_cpu_inc(area->counts->nr_lost);
+		return VM_FAULT_SIGBUS;
+	}
 
 	if (vmf->flags & FAULT_FLAG_RETRY_NOWAIT) {
+		this_cpu_inc(area->counts->nr_async);
 		umem_request(area, index, true);
 		/* The one case in which RETRY leaves the lock held. */
 		return VM_FAULT_RETRY;
 	}
 
+	this_cpu_inc(area->counts->nr_major);
 	umem_request(area, index, false);
 	/* The VMA may be gone when it returns; the face keeps area and module. */
 	face = get_file(vmf->vma->vm_file);
@@ -83,13 +99,18 @@ static vm_fault_t umem_fault_missing(struct vm_fault *vmf, pgoff_t index)
 	return VM_FAULT_RETRY;
 }
 
-/* Is all of a range cached?  If not, @missing is the first page that is not. */
+/*
+ * Are all granules that a range of pages touches cached?  If not, @missing is the
+ * first one that is not.
+ */
 static bool umem_range_cached(struct umem_area *area, pgoff_t start,
-			      pgoff_t end, pgoff_t *missing)
+			      pgoff_t end, unsigned long *missing)
 {
-	end = min(end, area->npages);
-	*missing = find_next_zero_bit(area->cached, end, start);
-	if (*missing < end)
+	unsigned long last = (min(end, area->npages) - 1) >> area->order;
+
+	*missing = find_next_zero_bit(area->cached, last + 1,
+				      start >> area->order);
+	if (*missing <= last)
 		return false;
 	/* As in umem_is_cached(). */
 	smp_rmb();
@@ -99,7 +120,7 @@ static bool umem_range_cached(struct umem_area *area, pgoff_t start,
 static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 {
 	struct umem_area *area = vmf->vma->vm_private_data;
-	pgoff_t index = vmf->pgoff;
+	unsigned long index;
 	struct folio *folio;
 	vm_fault_t ret;
 
@@ -107,9 +128,10 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 	if (smp_load_acquire(&area->complete))
 		return area->shmem_vm_ops->fault(vmf);
 
-	if (index >= area->npages)
+	if (vmf->pgoff >= area->npages)
 		return VM_FAULT_SIGBUS;
 
+	index = vmf->pgoff >> area->order;
 	if (!umem_is_cached(area, index))
 		return umem_fault_missing(vmf, index);
 
@@ -118,16 +140,18 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 		return ret;
 
 	/*
-	 * shmem maps a large folio as a whole.  The area's own mount has huge
-	 * pages off, but neither MADV_COLLAPSE by the server nor
-	 * shmem_enabled=force asks.  The folio's lock is held, so it can be neither
-	 * split nor collapsed while we look.
+	 * shmem maps a large folio as a whole.  Where the granule is not as large
+	 * already, the area's mount has huge pages off, but neither MADV_COLLAPSE by
+	 * the server nor shmem_enabled=force asks.  The folio's lock is held, so it
+	 * can be neither split nor collapsed while we look.
 	 */
 	folio = page_folio(vmf->page);
 	if (likely(!folio_test_large(folio)) ||
 	    umem_range_cached(area, folio->index, folio_next_index(folio),
-			      &index))
+			      &index)) {
+		this_cpu_inc(area->counts->nr_minor);
 		return ret;
+	}
 
 	folio_unlock(folio);
 	folio_put(folio);
@@ -135,6 +159,7 @@ static vm_fault_t umem_vm_fault(struct vm_fault *vmf)
 	return umem_fault_missing(vmf, index);
 }
 
+#ifdef UMEM_HAVE_MAP_PAGES
 /*
  * Map neighbours of a cached page.  Runs under RCU and may not sleep.
  *
@@ -148,7 +173,7 @@ static vm_fault_t umem_vm_map_pages(struct vm_fault *vmf, pgoff_t start,
 {
 	struct umem_area *area = vmf->vma->vm_private_data;
 	pgoff_t block = round_down(vmf->pgoff, PTRS_PER_PTE);
-	pgoff_t missing;
+	unsigned long missing;
 
 	/* Pairs with the release of umem_mark(). */
 	if (!smp_load_acquire(&area->complete)) {
@@ -161,6 +186,7 @@ static vm_fault_t umem_vm_map_pages(struct vm_fault *vmf, pgoff_t start,
 	}
 	return area->shmem_vm_ops->map_pages(vmf, start, end);
 }
+#endif
 
 static void umem_vm_open(struct vm_area_struct *vma)
 {
@@ -180,7 +206,9 @@ static void umem_vm_close(struct vm_area_struct *vma)
 	 * never come: let it find out.  The VMA was taken out of the mm under its
 	 * write lock, which is a barrier and which waiters had held.
 	 */
-	umem_wake(area, vma->vm_pgoff, vma_pages(vma));
+	umem_wake(area, vma->vm_pgoff >> area->order,
+		  ((vma->vm_pgoff + vma_pages(vma) - 1) >> area->order) -
+		  (vma->vm_pgoff >> area->order) + 1);
 }
 
 /**
@@ -207,18 +235,43 @@ static const struct vm_operations_struct umem_vm_ops = {
 	.open		= umem_vm_open,
 	.close		= umem_vm_close,
 	.fault		= umem_vm_fault,
+#ifdef UMEM_HAVE_MAP_PAGES
 	.map_pages	= umem_vm_map_pages,
+#endif
 #ifdef CONFIG_NUMA
 	.set_policy	= umem_vm_set_policy,
 	.get_policy	= umem_vm_get_policy,
 #endif
 };
 
-/* MADV_REMOVE comes here: the VMA's file is a face. */
-static long umem_face_fallocate(struct file *file, int mode, loff_t offset,
-				loff_t len)
+/**
+ * umem_vma_is_ours() - does the driver answer for the faults of a VMA?
+ * @vma: any VMA
+ * @area: the area that it would be of
+ *
+ * Return: true for a consumer's view of the area.
+ */
+bool umem_vma_is_ours(struct vm_area_struct *vma, struct umem_area *area)
 {
-	struct umem_area *area = file->private_data;
+	return READ_ONCE(vma->vm_ops) == &umem_vm_ops &&
+	       READ_ONCE(vma->vm_private_data) == area;
+}
+
+/**
+ * umem_face_fallocate() - give memory back
+ * @face: a face of the area
+ * @mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE is what there is
+ * @offset: bytes
+ * @len: bytes
+ *
+ * MADV_REMOVE comes here, since the VMA's file is a face, and fallocate() of an
+ * area's file.
+ *
+ * Return: 0 or a negative error code.
+ */
+long umem_face_fallocate(struct file *face, int mode, loff_t offset, loff_t len)
+{
+	struct umem_area *area = umem_face_area(face);
 	struct file *backing = area->backing;
 	pgoff_t start, end;
 	int ret;
@@ -292,10 +345,11 @@ struct umem_area *umem_face_area(struct file *face)
  * umem_face_mmap() - make a VMA the consumer's view of an area
  * @face: the area's face that the VMA is to hold
  * @vma: it, as the mm hands it to a file's mmap
+ * @priv: a private mapping may be written to
  *
  * Return: 0 or a negative error code.
  */
-int umem_face_mmap(struct file *face, struct vm_area_struct *vma)
+int umem_face_mmap(struct file *face, struct vm_area_struct *vma, bool priv)
 {
 	struct umem_area *area = umem_face_area(face);
 	int ret;
@@ -304,9 +358,25 @@ int umem_face_mmap(struct file *face, struct vm_area_struct *vma)
 	    vma->vm_pgoff > area->npages - vma_pages(vma))
 		return -EINVAL;
 
+	/*
+	 * What is written to a private mapping is seen by nobody else and lost
+	 * to the next migration; nobody who maps a VM's memory wants that.
+	 */
+	if (!priv && !(vma->vm_flags & VM_MAYSHARE)) {
+		if (vma->vm_flags & VM_WRITE)
+			return -EINVAL;
+		vm_flags_clear(vma, VM_MAYWRITE);
+	}
+
 	ret = vfs_mmap(area->backing, vma);
 	if (ret)
 		return ret;
+
+	/* Pairs with the release of umem_mark(). */
+	if (smp_load_acquire(&area->complete)) {
+		vma_set_file(vma, area->backing);
+		return 0;
+	}
 
 	/* The same for every VMA of the file. */
 	WRITE_ONCE(area->shmem_vm_ops, vma->vm_ops);

@@ -108,7 +108,7 @@ static int umem_control_mmap(struct file *file, struct vm_area_struct *vma)
 
 	if (!umem_control_server(file))
 		return -ENXIO;
-	return umem_face_mmap(control->face, vma);
+	return umem_face_mmap(control->face, vma, true);
 }
 
 /* Descriptors that are reserved, and the files to go there. */
@@ -152,6 +152,7 @@ static void umem_fds_drop(struct umem_fds *fds)
 static long umem_ioctl_init(struct file *file, struct umem_init __user *argp)
 {
 	struct umem_control *control = file->private_data;
+	struct umem_create wish = { };
 	struct umem_fds fds = { };
 	struct umem_server *server;
 	struct umem_area *area;
@@ -167,7 +168,8 @@ static long umem_ioctl_init(struct file *file, struct umem_init __user *argp)
 	if (control->server)
 		goto unlock;
 
-	area = umem_area_create(arg.size, "");
+	wish.size = arg.size;
+	area = umem_area_create(&wish);
 	ret = PTR_ERR_OR_ZERO(area);
 	if (ret)
 		goto unlock;
@@ -265,12 +267,12 @@ static long umem_ioctl_create(struct umem_create __user *argp)
 
 	if (copy_from_user(&arg, argp, sizeof(arg)))
 		return -EFAULT;
-	if (arg.flags || memchr_inv(arg.reserved, 0, sizeof(arg.reserved)) ||
-	    (arg.granule_size && arg.granule_size != PAGE_SIZE) ||
+	if (arg.flags & ~UMEM_CREATE_HUGE ||
+	    memchr_inv(arg.reserved, 0, sizeof(arg.reserved)) ||
 	    !arg.name[0] || strnlen(arg.name, UMEM_NAME_MAX) == UMEM_NAME_MAX)
 		return -EINVAL;
 
-	area = umem_area_create(arg.size, arg.name);
+	area = umem_area_create(&arg);
 	if (IS_ERR(area))
 		return PTR_ERR(area);
 
@@ -279,7 +281,7 @@ static long umem_ioctl_create(struct umem_create __user *argp)
 	if (ret)
 		goto fail;
 	arg.size = umem_area_size(area);
-	arg.granule_size = PAGE_SIZE;
+	arg.granule_size = umem_granule_size(area);
 	arg.id = area->id;
 
 	ret = -EFAULT;
@@ -356,7 +358,7 @@ static long umem_ioctl_reattach(struct umem_reattach __user *argp)
 	if (ret)
 		goto fail;
 	arg.size = umem_area_size(area);
-	arg.granule_size = PAGE_SIZE;
+	arg.granule_size = umem_granule_size(area);
 
 	ret = -EFAULT;
 	if (copy_to_user(argp, &arg, sizeof(arg)))
@@ -392,6 +394,11 @@ static long umem_control_ioctl(struct file *file, unsigned int cmd,
 	case UMEM_GET_PAGE_REQUEST:
 	case UMEM_MARK_PAGE_CACHED:
 	case UMEM_GET_INFO:
+	case UMEM_SET_LOSS_POLICY:
+	case UMEM_MARK_PAGE_POISONED:
+	case UMEM_GET_BITMAP:
+	case UMEM_MAKE_VMA_ANONYMOUS:
+	case UMEM_GET_STATS:
 		server = umem_control_server(file);
 		if (!server)
 			return -ENXIO;
@@ -429,15 +436,25 @@ static int __init umem_init(void)
 	ret = umem_areas_init();
 	if (ret)
 		return ret;
+	ret = umem_files_init();
+	if (ret)
+		goto exit_areas;
 	ret = misc_register(&umem_control_dev);
 	if (ret)
-		umem_areas_exit();
+		goto exit_files;
+	return 0;
+
+exit_files:
+	umem_files_exit();
+exit_areas:
+	umem_areas_exit();
 	return ret;
 }
 
 static void __exit umem_exit(void)
 {
 	misc_deregister(&umem_control_dev);
+	umem_files_exit();
 	umem_areas_exit();
 }
 

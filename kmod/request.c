@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * request.c - who wants a granule, who waits for it, who says that it is there
+ * request.c - who wants a granule, and who waits for it
  *
  * Locking.  Three kinds of state, from hot to cold:
  *
  *  - The bitmaps are changed by atomic bit operations alone.  A waiter puts
- *    itself on its bucket and then looks at the cached bit; a mark sets the bit
+ *    itself on its bucket and then looks at the cached bit; mark.c sets the bit
  *    and then looks at the bucket; a full barrier stands between the two on
  *    either side (prepare_to_wait(), atomic_long_fetch_or()), so that one of
  *    them sees the other.
  *
- *  - req_lock protects the ring of page offsets that wait for a server, and
+ *  - req_lock protects the ring of granules that wait for a server, and
  *    rescan.  A granule enters the ring once, when its requested bit goes from
  *    0 to 1, however many tasks want it.  When the ring is full, or another
  *    server takes over, rescan sends the reader over the requested bitmap, where
@@ -19,19 +19,15 @@
  *  - read_mutex makes that walk one reader's at a time; it may be long, so it
  *    is not done under a spinlock.
  *
- * mark_sem is taken by marks, for reading until the consumer first discards a
- * missing granule, for writing from then on.  See umem_discard().
- *
  * Copyright (C) 2026 The umem authors
  */
 #include <linux/bitops.h>
-#include <linux/fs.h>
-#include <linux/falloc.h>
 #include <linux/poll.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 
+#include "trace.h"
 #include "umem.h"
 
 /* In an entry of the ring: a fault that may not sleep queued it. */
@@ -59,26 +55,31 @@ void umem_requests_init(struct umem_area *area)
 	init_waitqueue_head(&area->server_wq);
 }
 
-static wait_queue_head_t *umem_bucket(struct umem_area *area, pgoff_t index)
+static wait_queue_head_t *umem_bucket(struct umem_area *area,
+				      unsigned long index)
 {
 	return &area->buckets[index % UMEM_BUCKETS];
 }
 
 /**
- * umem_request() - ask the server for a missing page
+ * umem_request() - ask the server for a missing granule
  * @area: the area
- * @index: the page
+ * @index: the granule
  * @async: whoever asks will not sleep for it now
  *
- * Never sleeps and never allocates.  A page that was asked for before is not
+ * Never sleeps and never allocates.  A granule that was asked for before is not
  * queued again: it is in the ring, or with the server, or found by the walk.
  */
-void umem_request(struct umem_area *area, pgoff_t index, bool async)
+void umem_request(struct umem_area *area, unsigned long index, bool async)
 {
 	bool first;
 
-	if (test_and_set_bit(index, area->requested))
+	if (test_and_set_bit(index, area->requested)) {
+		this_cpu_inc(area->counts->nr_duplicate);
 		return;
+	}
+	this_cpu_inc(area->counts->nr_requested);
+	trace_umem_request(area, index, async);
 
 	spin_lock(&area->req_lock);
 	first = area->head == area->tail;
@@ -139,20 +140,14 @@ bool umem_request_pending(struct umem_area *area)
 	return pending;
 }
 
-static bool umem_is_discarded(struct umem_area *area, pgoff_t index)
-{
-	/* Pairs with the release of umem_discard(). */
-	unsigned long *discarded = smp_load_acquire(&area->discarded);
-
-	return discarded && test_bit(index, discarded);
-}
-
 static void umem_fill_request(struct umem_area *area,
 			      struct umem_page_request *req, u64 entry)
 {
-	req->pgoff = entry & ~UMEM_RING_ASYNC;
+	unsigned long index = entry & ~UMEM_RING_ASYNC;
+
+	req->pgoff = (u64)index << area->order;
 	req->flags = entry & UMEM_RING_ASYNC ? UMEM_REQUEST_ASYNC : 0;
-	if (umem_is_discarded(area, req->pgoff))
+	if (umem_is_discarded(area, index))
 		req->flags |= UMEM_REQUEST_DISCARDED;
 }
 
@@ -164,12 +159,12 @@ static void umem_start_walk(struct umem_area *area)
 	if (area->rescan) {
 		/* What the walk passed already may have been asked for since. */
 		area->rescan = false;
-		WRITE_ONCE(area->scan_left, area->npages);
+		WRITE_ONCE(area->scan_left, area->ngranules);
 	}
 }
 
-/* From @area->scan_pos on, the next page that is requested and not cached. */
-static bool umem_scan_next(struct umem_area *area, pgoff_t *index)
+/* From @area->scan_pos on, the next granule that is requested and not cached. */
+static bool umem_scan_next(struct umem_area *area, unsigned long *index)
 {
 	unsigned int turn = 0;
 
@@ -180,7 +175,7 @@ static bool umem_scan_next(struct umem_area *area, pgoff_t *index)
 		unsigned long word = BIT_WORD(area->scan_pos);
 		unsigned long n, open;
 
-		n = min3(BITS_PER_LONG - bit, area->npages - area->scan_pos,
+		n = min3(BITS_PER_LONG - bit, area->ngranules - area->scan_pos,
 			 area->scan_left);
 		open = READ_ONCE(area->requested[word]) &
 		       ~READ_ONCE(area->cached[word]) &
@@ -191,7 +186,7 @@ static bool umem_scan_next(struct umem_area *area, pgoff_t *index)
 		}
 		WRITE_ONCE(area->scan_left, area->scan_left - n);
 		area->scan_pos += n;
-		if (area->scan_pos == area->npages)
+		if (area->scan_pos == area->ngranules)
 			area->scan_pos = 0;
 		if (open)
 			return true;
@@ -215,7 +210,7 @@ int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
 		      unsigned int nr)
 {
 	unsigned int got = 0;
-	pgoff_t index;
+	unsigned long index;
 
 	if (mutex_lock_interruptible(&area->read_mutex))
 		return -EINTR;
@@ -253,7 +248,7 @@ int umem_request_take(struct umem_area *area, struct umem_page_request *reqs,
 bool umem_request_poll(struct umem_area *area)
 {
 	bool pending, found;
-	pgoff_t index;
+	unsigned long index;
 
 	if (!umem_request_pending(area))
 		return false;
@@ -290,7 +285,8 @@ void umem_request_return(struct umem_area *area,
 	spin_lock(&area->req_lock);
 	if (area->head - area->tail + nr <= UMEM_RING) {
 		while (nr--)
-			area->ring[--area->tail % UMEM_RING] = reqs[nr].pgoff |
+			area->ring[--area->tail % UMEM_RING] =
+				reqs[nr].pgoff >> area->order |
 				(reqs[nr].flags & UMEM_REQUEST_ASYNC ?
 				 UMEM_RING_ASYNC : 0);
 	} else {
@@ -300,15 +296,15 @@ void umem_request_return(struct umem_area *area,
 	wake_up_interruptible_poll(&area->server_wq, EPOLLIN | EPOLLRDNORM);
 }
 
-/* One task that waits for one page; lives on its stack. */
+/* One task that waits for one granule; lives on its stack. */
 struct umem_waiter {
 	wait_queue_entry_t entry;
-	pgoff_t index;
+	unsigned long index;
 };
 
 /* What a mark has made available. */
 struct umem_marked {
-	pgoff_t start;
+	unsigned long start;
 	unsigned long count;
 };
 
@@ -367,20 +363,22 @@ bool umem_mm_is_exiting(struct mm_struct *mm)
 }
 
 /**
- * umem_wait() - drop the lock of a fault and sleep for a page
+ * umem_wait() - drop the lock of a fault and sleep for a granule
  * @vmf: the fault; its VMA may be gone on return
  * @area: the area, which the caller keeps alive
- * @index: the page, which was requested
+ * @index: the granule, which was requested
  * @state: the state to sleep in; TASK_IDLE for a kernel thread
  *
- * Sleeps once.  Whatever ends it, the page or a signal or umem_wake() for another
- * reason, the fault is taken again and sees for itself.
+ * Sleeps once.  Whatever ends it, the granule or a signal or umem_wake() for
+ * another reason, the fault is taken again and sees for itself.
  */
-void umem_wait(struct vm_fault *vmf, struct umem_area *area, pgoff_t index,
-	       unsigned int state)
+void umem_wait(struct vm_fault *vmf, struct umem_area *area,
+	       unsigned long index, unsigned int state)
 {
 	wait_queue_head_t *bucket = umem_bucket(area, index);
 	struct umem_waiter waiter = { .index = index };
+	long left = MAX_SCHEDULE_TIMEOUT;
+	u64 start = ktime_get_ns();
 
 	init_waitqueue_func_entry(&waiter.entry, umem_wake_function);
 	waiter.entry.private = current;
@@ -392,25 +390,26 @@ void umem_wait(struct vm_fault *vmf, struct umem_area *area, pgoff_t index,
 	 */
 	prepare_to_wait(bucket, &waiter.entry, state);
 	release_fault_lock(vmf);
-	if (!umem_is_cached(area, index) &&
+	if (!umem_is_cached(area, index) && !umem_is_poisoned(area, index) &&
+	    !umem_server_is_lost(area, &left) &&
 	    !signal_pending_state(state, current)) {
 		if (state == TASK_IDLE)
-			schedule_timeout(UMEM_KTHREAD_SLICE);
-		else
-			schedule();
+			left = min_t(long, left, UMEM_KTHREAD_SLICE);
+		schedule_timeout(left);
 	}
 	finish_wait(bucket, &waiter.entry);
+	umem_stats_sleep(area, index, ktime_get_ns() - start);
 }
 
 /**
- * umem_wake() - have who waits for pages of a range take the fault again
+ * umem_wake() - have who waits for granules of a range take the fault again
  * @area: the area
- * @start: first page
+ * @start: first granule
  * @count: how many
  *
  * What makes them look has to be visible first, with a full barrier between.
  */
-void umem_wake(struct umem_area *area, pgoff_t start, unsigned long count)
+void umem_wake(struct umem_area *area, unsigned long start, unsigned long count)
 {
 	struct umem_marked marked = { .start = start, .count = count };
 	unsigned long i, n = min_t(unsigned long, count, UMEM_BUCKETS);
@@ -424,160 +423,13 @@ void umem_wake(struct umem_area *area, pgoff_t start, unsigned long count)
 	}
 }
 
-/* Returns how many were missing before. */
-static unsigned long umem_set_cached(struct umem_area *area, pgoff_t start,
-				     unsigned long count)
-{
-	unsigned long fresh = 0;
-	unsigned int turn = 0;
-
-	while (count) {
-		unsigned long bit = start % BITS_PER_LONG;
-		unsigned long n = min(count, BITS_PER_LONG - bit);
-		unsigned long mask = GENMASK(bit + n - 1, bit);
-		atomic_long_t *word =
-			(atomic_long_t *)&area->cached[BIT_WORD(start)];
-
-		/* A full barrier, which the waiters' protocol needs. */
-		fresh += hweight_long(mask & ~atomic_long_fetch_or(mask, word));
-		start += n;
-		count -= n;
-		if (++turn % UMEM_WORDS_PER_TURN == 0)
-			cond_resched();
-	}
-	return fresh;
-}
-
-/* Zero what the server filled into granules that the consumer has discarded. */
-static int umem_zero_discarded(struct umem_area *area, pgoff_t start,
-			       unsigned long count)
-{
-	struct file *file = area->backing;
-	pgoff_t index, end = start + count;
-	int ret = 0;
-
-	lockdep_assert_held_write(&area->mark_sem);
-
-	/* The bits stay: of a page that is cached nobody looks at them. */
-	for (index = start; !ret; index++) {
-		index = find_next_bit(area->discarded, end, index);
-		if (index >= end)
-			break;
-		if (!umem_is_cached(area, index))
-			ret = file->f_op->fallocate(file,
-						    FALLOC_FL_PUNCH_HOLE |
-						    FALLOC_FL_KEEP_SIZE,
-						    (loff_t)index << PAGE_SHIFT,
-						    PAGE_SIZE);
-	}
-	return ret;
-}
-
 /**
- * umem_mark() - the content of a range is valid now
- * @area: the area
- * @start: first page
- * @count: how many, all of them inside the area
- * @nr_new: how many were missing before is added to this
- *
- * Return: 0, or a negative error code when discarded pages could not be zeroed or
- * the caller was killed; then nothing of the range was marked.
+ * umem_wake_everybody() - have all who wait take the fault again
+ * @area: the area; what they are to see was written before the call
  */
-int umem_mark(struct umem_area *area, pgoff_t start, unsigned long count,
-	      u64 *nr_new)
+void umem_wake_everybody(struct umem_area *area)
 {
-	unsigned long fresh = 0;
-	bool discarded;
-	int ret;
-
-	down_read(&area->mark_sem);
-	discarded = area->discarded;
-	if (!discarded)
-		fresh = umem_set_cached(area, start, count);
-	up_read(&area->mark_sem);
-
-	if (unlikely(discarded)) {
-		file_start_write(area->backing);
-		ret = down_write_killable(&area->mark_sem);
-		if (ret) {
-			file_end_write(area->backing);
-			return ret;
-		}
-		ret = umem_zero_discarded(area, start, count);
-		if (!ret)
-			fresh = umem_set_cached(area, start, count);
-		up_write(&area->mark_sem);
-		file_end_write(area->backing);
-		if (ret)
-			return ret;
-	}
-
-	/* The full barrier is that of umem_set_cached(). */
-	umem_wake(area, start, count);
-	*nr_new += fresh;
-	if (fresh && atomic_long_add_return(fresh, &area->nr_cached) ==
-		     area->npages)
-		/* Pairs with the acquires of the fault path. */
-		smp_store_release(&area->complete, true);
-	return 0;
-}
-
-/**
- * umem_discard() - the consumer gives up the content of a range
- * @area: the area
- * @start: first page
- * @count: how many, all of them inside the area
- *
- * The caller punches the hole in the backing file after this.  That alone is
- * right for what is cached.  What is missing may be half filled by the server,
- * or on its way to it, and stays missing: the server is told, and the mark
- * zeroes it.  Since the server never touches what it marked, nothing can come
- * in behind.
- *
- * Marks that began before @area->discarded was there do not look at it, and are
- * over before it is: all that their servers wrote was written before, so the
- * caller's hole, punched after, zeroes that too.
- *
- * Return: 0, -ENOMEM, or -EINTR when the caller was killed.
- */
-int umem_discard(struct umem_area *area, pgoff_t start, unsigned long count)
-{
-	unsigned long *discarded = READ_ONCE(area->discarded);
-	pgoff_t index, end = start + count;
-	unsigned int turn = 0;
-
-	if (READ_ONCE(area->complete))
-		return 0;
-
-	if (!discarded) {
-		discarded = kvcalloc(BITS_TO_LONGS(area->npages),
-				     sizeof(*discarded), GFP_KERNEL_ACCOUNT);
-		if (!discarded)
-			return -ENOMEM;
-		down_write(&area->mark_sem);
-		if (area->discarded) {
-			kvfree(discarded);
-			discarded = area->discarded;
-		} else {
-			/* Pairs with the acquire of umem_is_discarded(). */
-			smp_store_release(&area->discarded, discarded);
-		}
-		up_write(&area->mark_sem);
-	}
-
-	for (index = start; index < end; index++) {
-		index = find_next_zero_bit(area->cached, end, index);
-		if (index >= end)
-			break;
-		set_bit(index, discarded);
-		/* The request carries the flag, so the bit comes first. */
-		smp_mb__after_atomic();
-		umem_request(area, index, true);
-		if (++turn % UMEM_WORDS_PER_TURN == 0) {
-			if (fatal_signal_pending(current))
-				return -EINTR;
-			cond_resched();
-		}
-	}
-	return 0;
+	/* Pairs with the barrier of prepare_to_wait(). */
+	smp_mb();
+	umem_wake(area, 0, area->ngranules);
 }

@@ -13,6 +13,7 @@
  *
  * Copyright (C) 2026 The umem authors
  */
+#include <linux/bitmap.h>
 #include <linux/overflow.h>
 #include <linux/pid.h>
 #include <linux/poll.h>
@@ -20,10 +21,14 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
+#include "trace.h"
 #include "umem.h"
 
 /* Requests handed over, or offsets taken, at a time; they are on the stack. */
 #define UMEM_BATCH	32
+
+/* Words of a bitmap that are copied before others get the CPU. */
+#define UMEM_WORDS_PER_TURN	1024
 
 /**
  * struct umem_server - one server of an area
@@ -75,11 +80,12 @@ int umem_server_attach(struct umem_server *server, bool force)
 	}
 	if (area->server)
 		WRITE_ONCE(area->server->fenced, true);
-	area->server = server;
+	WRITE_ONCE(area->server, server);
 	again = area->had_server;
 	area->had_server = true;
 	spin_unlock(&area->server_lock);
 
+	trace_umem_attach(area, again);
 	if (again)
 		umem_request_again(area);
 	return 0;
@@ -92,12 +98,23 @@ int umem_server_attach(struct umem_server *server, bool force)
 void umem_server_free(struct umem_server *server)
 {
 	struct umem_area *area = server->area;
+	bool lost = false;
 
 	spin_lock(&area->server_lock);
-	if (area->server == server)
-		area->server = NULL;
+	if (area->server == server) {
+		WRITE_ONCE(area->lost_at, jiffies);
+		/* Pairs with the acquire of umem_server_is_lost(). */
+		smp_store_release(&area->server, NULL);
+		lost = true;
+	}
 	spin_unlock(&area->server_lock);
 
+	if (lost) {
+		trace_umem_detach(area);
+		/* They sleep with a time limit from now on. */
+		if (READ_ONCE(area->loss_timeout_ms))
+			umem_wake_everybody(area);
+	}
 	put_pid(server->pid);
 	kfree(server);
 	umem_area_put(area);
@@ -123,14 +140,23 @@ pid_t umem_server_pid(struct umem_area *area, bool *served)
 }
 
 /**
- * umem_server_area() - which area does a server serve?
- * @server: it
+ * umem_server_is_lost() - has the area been without a server for too long?
+ * @area: the area
+ * @left: out: jiffies until the answer may change by itself
  *
- * Return: the area; a borrowed reference.
+ * Return: true when nobody is to wait for it any more.
  */
-struct umem_area *umem_server_area(struct umem_server *server)
+bool umem_server_is_lost(struct umem_area *area, long *left)
 {
-	return server->area;
+	u32 timeout_ms = READ_ONCE(area->loss_timeout_ms);
+
+	*left = MAX_SCHEDULE_TIMEOUT;
+	/* Pairs with the release of umem_server_free(). */
+	if (!timeout_ms || smp_load_acquire(&area->server))
+		return false;
+	*left = READ_ONCE(area->lost_at) + msecs_to_jiffies(timeout_ms) -
+		jiffies;
+	return *left <= 0;
 }
 
 /*
@@ -202,9 +228,11 @@ static long umem_server_deliver(struct umem_server *server, void __user *to,
 				       nonblock || done);
 		if (got < 0)
 			return done ?: got;
-		for (i = 0; i < got; i++)
+		for (i = 0; i < got; i++) {
 			if (!copy_out(to, done + i, &reqs[i]))
 				break;
+			trace_umem_deliver(area, reqs[i].pgoff, reqs[i].flags);
+		}
 		atomic_long_add(i, &area->nr_delivered);
 		done += i;
 		if (i < got) {
@@ -239,19 +267,28 @@ ssize_t umem_server_read(struct umem_server *server, char __user *buf,
 	return got < 0 ? got : got * (ssize_t)sizeof(u64);
 }
 
-/* Mark pages given by their offsets, neighbours together. */
+/* Is a range of pages inside the area, and made of whole granules? */
+static bool umem_range_is_valid(const struct umem_area *area, u64 pgoff,
+				u64 count)
+{
+	return count && count <= area->npages && pgoff <= area->npages - count &&
+	       !((pgoff | count) & ((1UL << area->order) - 1));
+}
+
+/* Mark granules given by the offsets of their first pages, neighbours together. */
 static int umem_mark_offsets(struct umem_area *area, const u64 *offsets,
 			     unsigned int nr)
 {
+	unsigned long step = 1UL << area->order;
 	unsigned int i, run;
 	u64 nr_new = 0;
 	int ret;
 
 	for (i = 0; i < nr; i += run) {
 		for (run = 1; i + run < nr; run++)
-			if (offsets[i + run] != offsets[i] + run)
+			if (offsets[i + run] != offsets[i] + run * step)
 				break;
-		ret = umem_mark(area, offsets[i], run, &nr_new);
+		ret = umem_mark(area, offsets[i] >> area->order, run, &nr_new);
 		if (ret)
 			return ret;
 	}
@@ -287,7 +324,8 @@ ssize_t umem_server_write(struct umem_server *server, const char __user *buf,
 		if (copy_from_user(offsets, buf + done, len))
 			return done ?: -EFAULT;
 		for (good = 0; good < nr; good++)
-			if (offsets[good] >= area->npages)
+			if (!umem_range_is_valid(area, offsets[good],
+						 1UL << area->order))
 				break;
 		ret = umem_mark_offsets(area, offsets, good);
 		if (ret)
@@ -348,7 +386,30 @@ static long umem_ioctl_get(struct umem_server *server, void __user *argp,
 	return 0;
 }
 
-static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
+/* Copy the ranges of a mark in and check them all before any takes effect. */
+static struct umem_page_range *umem_copy_ranges(struct umem_area *area,
+						const struct umem_mark_cached *arg)
+{
+	struct umem_page_range *ranges;
+	u32 i;
+
+	ranges = vmemdup_user(u64_to_user_ptr(arg->ranges),
+			      array_size(arg->nr, sizeof(*ranges)));
+	if (IS_ERR(ranges))
+		return ranges;
+	for (i = 0; i < arg->nr; i++) {
+		if (!umem_range_is_valid(area, ranges[i].pgoff,
+					 ranges[i].count)) {
+			kvfree(ranges);
+			return ERR_PTR(-EINVAL);
+		}
+	}
+	return ranges;
+}
+
+/* UMEM_MARK_PAGE_CACHED and UMEM_MARK_PAGE_POISONED. */
+static long umem_ioctl_mark(struct umem_server *server, void __user *argp,
+			    bool poison)
 {
 	struct umem_mark_cached __user *out = argp;
 	struct umem_area *area = server->area;
@@ -360,39 +421,124 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp)
 
 	if (copy_from_user(&arg, argp, sizeof(arg)))
 		return -EFAULT;
-	if (!arg.nr || arg.nr > UMEM_MARK_MAX || arg.flags)
+	if (!arg.nr || arg.nr > UMEM_MARK_MAX ||
+	    arg.flags & ~(poison ? 0 : UMEM_MARK_TOUCH))
 		return -EINVAL;
 	/* What cannot be told is not done. */
 	if (put_user(nr_new, &out->nr_new))
 		return -EFAULT;
 
-	ranges = vmemdup_user(u64_to_user_ptr(arg.ranges),
-			      array_size(arg.nr, sizeof(*ranges)));
+	ranges = umem_copy_ranges(area, &arg);
 	if (IS_ERR(ranges))
 		return PTR_ERR(ranges);
 
-	for (i = 0; i < arg.nr; i++) {
-		if (!ranges[i].count || ranges[i].count > area->npages ||
-		    ranges[i].pgoff > area->npages - ranges[i].count) {
-			ret = -EINVAL;
-			goto free;
-		}
-	}
-
 	for (i = 0; !ret && i < arg.nr; i++) {
+		unsigned long start = ranges[i].pgoff >> area->order;
+		unsigned long count = ranges[i].count >> area->order;
+
 		if (READ_ONCE(server->fenced))
 			ret = -ENODEV;
 		else if (fatal_signal_pending(current))
 			ret = -EINTR;
+		else if (poison)
+			ret = umem_poison(area, start, count, &nr_new);
 		else
-			ret = umem_mark(area, ranges[i].pgoff,
-					ranges[i].count, &nr_new);
+			ret = umem_mark(area, start, count, &nr_new);
 	}
+	if (!ret && arg.flags & UMEM_MARK_TOUCH)
+		for (i = 0; i < arg.nr; i++)
+			umem_touch(area, ranges[i].pgoff, ranges[i].count);
 	if (!ret)
 		ret = put_user(nr_new, &out->nr_new);
-free:
 	kvfree(ranges);
 	return ret;
+}
+
+static const unsigned long *umem_find_bitmap(struct umem_area *area, u32 which,
+					     bool *known)
+{
+	*known = true;
+	switch (which) {
+	case UMEM_BITMAP_CACHED:
+		return area->cached;
+	case UMEM_BITMAP_REQUESTED:
+		return area->requested;
+	case UMEM_BITMAP_POISONED:
+		/* Pairs with the release of umem_need_bitmap(). */
+		return smp_load_acquire(&area->poisoned);
+	default:
+		*known = false;
+		return NULL;
+	}
+}
+
+static long umem_ioctl_bitmap(struct umem_server *server, void __user *argp)
+{
+	struct umem_area *area = server->area;
+	u64 first, nr_words = DIV_ROUND_UP_ULL(area->ngranules, 64);
+	const unsigned long *bitmap;
+	struct umem_bitmap arg;
+	u64 __user *to;
+	bool known;
+	u32 i;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	bitmap = umem_find_bitmap(area, arg.which, &known);
+	first = arg.first / 64;
+	if (!known || arg.reserved || arg.first % 64 || first > nr_words ||
+	    arg.nr_words > nr_words - first)
+		return -EINVAL;
+
+	to = u64_to_user_ptr(arg.words);
+	for (i = 0; i < arg.nr_words; i++) {
+		u64 word = 0;
+
+		if (bitmap)
+			bitmap_to_arr64(&word, bitmap + (first + i) *
+					(64 / BITS_PER_LONG),
+					min_t(u64, 64, area->ngranules -
+					      (first + i) * 64));
+		if (put_user(word, to + i))
+			return -EFAULT;
+		if (i % UMEM_WORDS_PER_TURN == 0) {
+			if (fatal_signal_pending(current))
+				return -EINTR;
+			cond_resched();
+		}
+	}
+	return 0;
+}
+
+static long umem_ioctl_loss_policy(struct umem_server *server,
+				   void __user *argp)
+{
+	struct umem_area *area = server->area;
+	struct umem_loss_policy arg;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	if (arg.reserved)
+		return -EINVAL;
+	/* Nobody is lost now; it counts from when the server goes. */
+	WRITE_ONCE(area->loss_timeout_ms, arg.timeout_ms);
+	return 0;
+}
+
+static long umem_ioctl_stats(struct umem_server *server, void __user *argp)
+{
+	struct umem_stats stats;
+
+	umem_stats_read(server->area, &stats);
+	return copy_to_user(argp, &stats, sizeof(stats)) ? -EFAULT : 0;
+}
+
+static long umem_ioctl_plain(struct umem_server *server)
+{
+	/* Pairs with the release of umem_mark(). */
+	if (!smp_load_acquire(&server->area->complete))
+		return -EBUSY;
+	return umem_make_plain(server->area);
 }
 
 static long umem_ioctl_info(struct umem_server *server, void __user *argp)
@@ -424,9 +570,19 @@ long umem_server_ioctl(struct umem_server *server, unsigned int cmd,
 	case UMEM_GET_PAGE_REQUEST:
 		return umem_ioctl_get(server, argp, nonblock);
 	case UMEM_MARK_PAGE_CACHED:
-		return umem_ioctl_mark(server, argp);
+		return umem_ioctl_mark(server, argp, false);
+	case UMEM_MARK_PAGE_POISONED:
+		return umem_ioctl_mark(server, argp, true);
 	case UMEM_GET_INFO:
 		return umem_ioctl_info(server, argp);
+	case UMEM_SET_LOSS_POLICY:
+		return umem_ioctl_loss_policy(server, argp);
+	case UMEM_GET_BITMAP:
+		return umem_ioctl_bitmap(server, argp);
+	case UMEM_MAKE_VMA_ANONYMOUS:
+		return umem_ioctl_plain(server);
+	case UMEM_GET_STATS:
+		return umem_ioctl_stats(server, argp);
 	default:
 		return -ENOTTY;
 	}

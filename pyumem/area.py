@@ -8,6 +8,7 @@ fetch or when.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import mmap
 import os
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pyumem import uapi
-from pyumem.uapi import PAGE_SIZE, AreaInfo, Created, MarkBuffer, RequestBuffer
+from pyumem.uapi import PAGE_SIZE, AreaInfo, AreaStats, Created, MarkBuffer, RequestBuffer
 
 REQUESTS_AT_ONCE: Final = 256
 """Requests that one call of Area.requests() takes at most."""
@@ -52,13 +53,31 @@ class Area:
     # --- making one ---
 
     @classmethod
-    def create(cls, name: str, size: int) -> Self:
-        """Create a named area of size bytes (rounded up to the granule), all of it missing.  Raises
-        DriverError.
+    def create(
+        cls,
+        name: str,
+        size: int,
+        *,
+        granule_size: int = 0,
+        huge: bool = False,
+        loss_timeout_ms: int = 0,
+    ) -> Self:
+        """Create a named area of size bytes (rounded up to the granule), all of it missing.
+
+        granule_size is bytes, 0 for the host page; huge backs it with huge pages;
+        loss_timeout_ms as in set_loss_policy().  Raises DriverError.
         """
         control = uapi.open_control()
         try:
-            return cls(uapi.create(control, name, size), name)
+            created = uapi.create(
+                control,
+                name,
+                size,
+                granule_size=granule_size,
+                flags=uapi.UMEM_CREATE_HUGE if huge else 0,
+                loss_timeout_ms=loss_timeout_ms,
+            )
+            return cls(created, name)
         finally:
             os.close(control)
 
@@ -114,6 +133,15 @@ class Area:
         """Ask the driver for counts and state.  Raises DriverError."""
         return uapi.info(self.server_fd, area=self.name)
 
+    def stats(self) -> AreaStats:
+        """Ask the driver for its counters.  Raises DriverError."""
+        return uapi.stats(self.server_fd, area=self.name)
+
+    def bitmap(self, which: int = uapi.UMEM_BITMAP_CACHED) -> array.array[int]:
+        """Return the state of all granules, 64 to a word, see uapi.bitmap()."""
+        nr = self.size // self.granule_size
+        return uapi.bitmap(self.server_fd, which, nr, area=self.name)
+
     @property
     def map(self) -> mmap.mmap:
         """Return the backing file mapped shared and writable, made at the first use.
@@ -152,21 +180,36 @@ class Area:
         """
         return self._requests.get(self.server_fd)
 
-    def mark(self, ranges: Iterable[tuple[int, int]]) -> int:
+    def mark(
+        self, ranges: Iterable[tuple[int, int]], *, touch: bool = False, poison: bool = False
+    ) -> int:
         """Say that ranges of (first page, count of pages) are valid now, and wake who waits for
         them.
 
-        Returns how many granules were missing before.  More ranges than one call takes are marked
-        in several calls, each of which takes effect as a whole.  Raises DriverError; what an
-        earlier call marked stays marked.
+        With touch they are mapped for the consumer at once; with poison they are lost instead, and
+        the consumer gets SIGBUS.  Returns how many granules were missing before.  More ranges than
+        one call takes are marked in several calls, each of which takes effect as a whole.  Raises
+        DriverError; what an earlier call marked stays marked.
         """
         marks, nr_new = self._marks, 0
         marks.clear()
         for pgoff, count in ranges:
             if marks.full:
-                nr_new += marks.flush(self.server_fd)
+                nr_new += marks.flush(self.server_fd, touch=touch, poison=poison)
             marks.add(pgoff, count)
-        return nr_new + marks.flush(self.server_fd)
+        return nr_new + marks.flush(self.server_fd, touch=touch, poison=poison)
+
+    def set_loss_policy(self, timeout_ms: int) -> None:
+        """Choose what becomes of consumers when the server is gone: SIGBUS after so many
+        milliseconds, or with 0 they wait.  Raises DriverError.
+        """
+        uapi.set_loss_policy(self.server_fd, timeout_ms, area=self.name)
+
+    def make_anonymous(self) -> None:
+        """Have the driver out of the way of an area that is complete: its mappings become plain
+        shared memory.  Raises DriverError: EBUSY before that.
+        """
+        uapi.make_vma_anonymous(self.server_fd, area=self.name)
 
     # --- the end ---
 

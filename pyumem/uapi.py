@@ -51,6 +51,14 @@ def _ior(magic: int, nr: int, size: int) -> int:
     return _ioc(_IOC_READ, magic, nr, size)
 
 
+def _iow(magic: int, nr: int, size: int) -> int:
+    return _ioc(_IOC_WRITE, magic, nr, size)
+
+
+def _io(magic: int, nr: int) -> int:
+    return _ioc(0, magic, nr, 0)
+
+
 def _iowr(magic: int, nr: int, size: int) -> int:
     return _ioc(_IOC_READ | _IOC_WRITE, magic, nr, size)
 
@@ -62,6 +70,9 @@ NAME_MAX: Final = 64
 """Bytes of a name, its NUL included."""
 MARK_MAX: Final = 4096
 """Most ranges of one UMEM_MARK_PAGE_CACHED."""
+GRANULE_MAX: Final = 2 << 20
+"""Largest granule in bytes."""
+LATENCY_BUCKETS: Final = 24
 
 
 class Layout:
@@ -122,7 +133,8 @@ CREATE: Final = Layout(
         ("server_fd", "i"),
         ("shmem_fd", "i"),
         ("id", "I"),
-        ("reserved", "20x"),
+        ("loss_timeout_ms", "I"),
+        ("reserved", "16x"),
         ("name", f"{NAME_MAX}s"),
     ),
 )
@@ -137,7 +149,8 @@ INFO: Final = Layout(
         ("granule_size", "I"),
         ("owner_uid", "I"),
         ("server_pid", "i"),
-        ("reserved", "20x"),
+        ("loss_timeout_ms", "I"),
+        ("reserved", "16x"),
         ("name", f"{NAME_MAX}s"),
     ),
 )
@@ -165,6 +178,35 @@ PAGE_RANGE: Final = Layout("umem_page_range", (("pgoff", "Q"), ("count", "Q")))
 MARK_CACHED: Final = Layout(
     "umem_mark_cached", (("ranges", "Q"), ("nr", "I"), ("flags", "I"), ("nr_new", "Q"))
 )
+LOSS_POLICY: Final = Layout("umem_loss_policy", (("timeout_ms", "I"), ("reserved", "4x")))
+BITMAP: Final = Layout(
+    "umem_bitmap",
+    (("words", "Q"), ("first", "Q"), ("nr_words", "I"), ("which", "I"), ("reserved", "8x")),
+)
+_COUNTERS: Final = (
+    "nr_minor",
+    "nr_major",
+    "nr_async",
+    "nr_duplicate",
+    "nr_killed",
+    "nr_lost",
+    "nr_poison_hits",
+    "nr_requested",
+    "nr_delivered",
+    "nr_cached",
+    "nr_poisoned",
+    "nr_discarded",
+    "nr_touched",
+    "blocked_ns",
+)
+STATS: Final = Layout(
+    "umem_stats",
+    (
+        *((name, "Q") for name in _COUNTERS),
+        ("latency", f"{8 * LATENCY_BUCKETS}s"),
+        ("reserved", "16x"),
+    ),
+)
 LAYOUTS: Final = (
     INIT,
     CREATE,
@@ -175,6 +217,9 @@ LAYOUTS: Final = (
     PAGE_REQUESTS,
     PAGE_RANGE,
     MARK_CACHED,
+    LOSS_POLICY,
+    BITMAP,
+    STATS,
 )
 
 UMEM_INIT: Final = _iowr(MAGIC, 0, INIT.size)
@@ -184,16 +229,30 @@ UMEM_DEV_REATTACH: Final = _iowr(MAGIC, 3, REATTACH.size)
 UMEM_GET_PAGE_REQUEST: Final = _iowr(MAGIC, 16, PAGE_REQUESTS.size)
 UMEM_MARK_PAGE_CACHED: Final = _iowr(MAGIC, 17, MARK_CACHED.size)
 UMEM_GET_INFO: Final = _ior(MAGIC, 18, INFO.size)
+UMEM_SET_LOSS_POLICY: Final = _iow(MAGIC, 19, LOSS_POLICY.size)
+UMEM_MARK_PAGE_POISONED: Final = _iowr(MAGIC, 20, MARK_CACHED.size)
+UMEM_GET_BITMAP: Final = _iow(MAGIC, 21, BITMAP.size)
+UMEM_MAKE_VMA_ANONYMOUS: Final = _io(MAGIC, 22)
+UMEM_GET_STATS: Final = _ior(MAGIC, 23, STATS.size)
+
+UMEM_CREATE_HUGE: Final = 1 << 0
 
 UMEM_INFO_SERVED: Final = 1 << 0
 UMEM_INFO_COMPLETE: Final = 1 << 1
 UMEM_INFO_MAPPED: Final = 1 << 2
 UMEM_INFO_NODE: Final = 1 << 3
+UMEM_INFO_HUGE: Final = 1 << 4
 
 UMEM_REATTACH_FORCE: Final = 1 << 0
 
 UMEM_REQUEST_ASYNC: Final = 1 << 0
 UMEM_REQUEST_DISCARDED: Final = 1 << 1
+
+UMEM_MARK_TOUCH: Final = 1 << 0
+
+UMEM_BITMAP_CACHED: Final = 0
+UMEM_BITMAP_REQUESTED: Final = 1
+UMEM_BITMAP_POISONED: Final = 2
 
 # --- results ---
 
@@ -234,6 +293,7 @@ class AreaInfo:
     flags: int
     owner_uid: int
     server_pid: int
+    loss_timeout_ms: int
 
     @property
     def served(self) -> bool:
@@ -247,7 +307,7 @@ class AreaInfo:
 
     @property
     def mapped(self) -> bool:
-        """Tell whether at least one mapping exists."""
+        """Tell whether at least one mapping exists for which the driver answers."""
         return bool(self.flags & UMEM_INFO_MAPPED)
 
     @property
@@ -256,9 +316,40 @@ class AreaInfo:
         return bool(self.flags & UMEM_INFO_NODE)
 
     @property
+    def huge(self) -> bool:
+        """Tell whether it was made to be backed by huge pages."""
+        return bool(self.flags & UMEM_INFO_HUGE)
+
+    @property
     def nr_granules(self) -> int:
         """Return the area's size in granules."""
         return self.size // self.granule_size
+
+
+@dataclass(frozen=True, slots=True)
+class AreaStats:
+    """What has happened in an area: see struct umem_stats.
+
+    Counts are of faults, requests, granules (nr_cached, nr_poisoned) and pages (nr_discarded,
+    nr_touched); blocked_ns is nanoseconds.  latency[i] counts waits from 2**i up to 2**(i+1)
+    microseconds, the first one also shorter ones and the last one longer ones.
+    """
+
+    nr_minor: int
+    nr_major: int
+    nr_async: int
+    nr_duplicate: int
+    nr_killed: int
+    nr_lost: int
+    nr_poison_hits: int
+    nr_requested: int
+    nr_delivered: int
+    nr_cached: int
+    nr_poisoned: int
+    nr_discarded: int
+    nr_touched: int
+    blocked_ns: int
+    latency: tuple[int, ...]
 
 
 # --- calls ---
@@ -302,18 +393,33 @@ def init(fd: int, size: int) -> UmemInit:
     return UmemInit(got["size"], got["shmem_fd"])
 
 
-def create(fd: int, name: str, size: int, *, granule_size: int = 0, flags: int = 0) -> Created:
-    """Create the named area.  size in bytes; granule_size in bytes, 0 for the host page.
+def create(
+    fd: int,
+    name: str,
+    size: int,
+    *,
+    granule_size: int = 0,
+    flags: int = 0,
+    loss_timeout_ms: int = 0,
+) -> Created:
+    """Create the named area.  size in bytes; granule_size in bytes, 0 for the host page;
+    loss_timeout_ms as in set_loss_policy().
 
-    Raises DriverError: EEXIST (name in use), EINVAL (name, size, flags, granule), EMFILE, ENFILE,
-    ENOMEM, ENOSPC.
+    Raises DriverError: EEXIST (name in use), EINVAL (name, size, flags, granule), EOPNOTSUPP (no
+    huge pages here), EDQUOT (too much memory for this user), EMFILE, ENFILE, ENOMEM, ENOSPC.
     """
     raw = name.encode()
     if len(raw) > NAME_MAX:
         # struct would cut it silently; a full array without its NUL is left to the driver to
         # refuse.
         raise DriverError("create: name too long", errno.EINVAL, area=name)
-    arg = CREATE.pack(size=size, granule_size=granule_size, flags=flags, name=raw)
+    arg = CREATE.pack(
+        size=size,
+        granule_size=granule_size,
+        flags=flags,
+        loss_timeout_ms=loss_timeout_ms,
+        name=raw,
+    )
     try:
         _call(fd, UMEM_DEV_CREATE_UMEM, arg)
     except OSError as e:
@@ -349,6 +455,7 @@ def _area_info(buf: bytearray) -> AreaInfo:
         flags=got["flags"],
         owner_uid=got["owner_uid"],
         server_pid=got["server_pid"],
+        loss_timeout_ms=got["loss_timeout_ms"],
     )
 
 
@@ -362,6 +469,56 @@ def info(fd: int, area: str = "") -> AreaInfo:
     except OSError as e:
         raise DriverError("UMEM_GET_INFO", e.errno or errno.EIO, area=area) from e
     return _area_info(arg)
+
+
+def set_loss_policy(fd: int, timeout_ms: int, area: str = "") -> None:
+    """Choose what becomes of consumers when the server is gone: SIGBUS after so many
+    milliseconds, or with 0 they wait.  Raises DriverError.
+    """
+    try:
+        _call(fd, UMEM_SET_LOSS_POLICY, LOSS_POLICY.pack(timeout_ms=timeout_ms))
+    except OSError as e:
+        raise DriverError("UMEM_SET_LOSS_POLICY", e.errno or errno.EIO, area=area) from e
+
+
+def make_vma_anonymous(fd: int, area: str = "") -> None:
+    """Turn the mappings of a complete area into plain shared memory.  Raises DriverError: EBUSY
+    (a granule is missing), EAGAIN (call again), ENOMEM.
+    """
+    try:
+        while True:
+            try:
+                fcntl.ioctl(fd, UMEM_MAKE_VMA_ANONYMOUS)
+                return
+            except InterruptedError:
+                continue
+    except OSError as e:
+        raise DriverError("UMEM_MAKE_VMA_ANONYMOUS", e.errno or errno.EIO, area=area) from e
+
+
+def stats(fd: int, area: str = "") -> AreaStats:
+    """Read the counters of the area behind a server's descriptor.  Raises DriverError."""
+    arg = STATS.pack()
+    try:
+        _call(fd, UMEM_GET_STATS, arg)
+    except OSError as e:
+        raise DriverError("UMEM_GET_STATS", e.errno or errno.EIO, area=area) from e
+    at = next(offset for name, offset, _ in STATS.offsets() if name == "latency")
+    latency = struct.unpack_from(f"={LATENCY_BUCKETS}Q", arg, at)
+    return AreaStats(**STATS.ints(arg), latency=latency)
+
+
+def bitmap(fd: int, which: int, nr_granules: int, area: str = "") -> array.array[int]:
+    """Read the whole bitmap UMEM_BITMAP_... of an area: bit b of word w stands for granule
+    64 * w + b.  Raises DriverError.
+    """
+    words = array.array("Q", bytes(8 * ((nr_granules + 63) // 64)))
+    arg = BITMAP.pack(words=words.buffer_info()[0], nr_words=len(words), which=which)
+    try:
+        _call(fd, UMEM_GET_BITMAP, arg)
+    except OSError as e:
+        raise DriverError("UMEM_GET_BITMAP", e.errno or errno.EIO, area=area) from e
+    return words
 
 
 def list_areas(fd: int, *, room: int = 64) -> list[AreaInfo]:
@@ -460,23 +617,27 @@ class MarkBuffer:
         """Forget the ranges that wait."""
         self._used = 0
 
-    def flush(self, fd: int) -> int:
+    def flush(self, fd: int, *, touch: bool = False, poison: bool = False) -> int:
         """Mark what was added and return how many granules were missing before.
 
-        On an error nothing was marked and the ranges stay.  Raises DriverError: EINVAL (an empty
-        range or one past the end), ENOMEM, ENODEV (fenced), ENXIO (before UMEM_INIT).
+        With touch the pages are mapped for the consumer at once; with poison they are marked lost
+        instead of cached.  On an error nothing was marked and the ranges stay.  Raises DriverError:
+        EINVAL (an empty range, one past the end or not of whole granules), ENOMEM, ENODEV (fenced),
+        ENXIO (before UMEM_INIT).
         """
         if not self._used:
             return 0
-        arg = MARK_CACHED.pack(ranges=self._address, nr=self._used)
+        flags = UMEM_MARK_TOUCH if touch else 0
+        arg = MARK_CACHED.pack(ranges=self._address, nr=self._used, flags=flags)
+        what = "POISONED" if poison else "CACHED"
         try:
-            _call(fd, UMEM_MARK_PAGE_CACHED, arg)
+            _call(fd, UMEM_MARK_PAGE_POISONED if poison else UMEM_MARK_PAGE_CACHED, arg)
         except OSError as e:
             words = self._words[: 2 * self._used]
             first = min(words[0::2])
             end = max(p + c for p, c in zip(words[0::2], words[1::2], strict=True))
             raise DriverError(
-                f"UMEM_MARK_PAGE_CACHED, {self._used} range(s)",
+                f"UMEM_MARK_PAGE_{what}, {self._used} range(s)",
                 e.errno or errno.EIO,
                 area=self._area,
                 pages=(first, end - first),

@@ -79,7 +79,7 @@ def test_a_failure_is_not_hidden_by_a_held_view(created: uapi.Created) -> None:
 def test_mark_batches(created: uapi.Created, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
 
-    def flush(self: uapi.MarkBuffer, _fd: int) -> int:
+    def flush(self: uapi.MarkBuffer, _fd: int, **_flags: bool) -> int:
         batches.append(len(self))
         self.clear()
         return batches[-1]

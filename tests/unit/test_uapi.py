@@ -21,6 +21,19 @@ CONSTANTS = {
     "UMEM_IOC_MAGIC": uapi.MAGIC,
     "UMEM_NAME_MAX": uapi.NAME_MAX,
     "UMEM_MARK_MAX": uapi.MARK_MAX,
+    "UMEM_GRANULE_MAX": uapi.GRANULE_MAX,
+    "UMEM_CREATE_HUGE": uapi.UMEM_CREATE_HUGE,
+    "UMEM_INFO_HUGE": uapi.UMEM_INFO_HUGE,
+    "UMEM_MARK_TOUCH": uapi.UMEM_MARK_TOUCH,
+    "UMEM_BITMAP_CACHED": uapi.UMEM_BITMAP_CACHED,
+    "UMEM_BITMAP_REQUESTED": uapi.UMEM_BITMAP_REQUESTED,
+    "UMEM_BITMAP_POISONED": uapi.UMEM_BITMAP_POISONED,
+    "UMEM_LATENCY_BUCKETS": uapi.LATENCY_BUCKETS,
+    "UMEM_SET_LOSS_POLICY": uapi.UMEM_SET_LOSS_POLICY,
+    "UMEM_MARK_PAGE_POISONED": uapi.UMEM_MARK_PAGE_POISONED,
+    "UMEM_GET_BITMAP": uapi.UMEM_GET_BITMAP,
+    "UMEM_MAKE_VMA_ANONYMOUS": uapi.UMEM_MAKE_VMA_ANONYMOUS,
+    "UMEM_GET_STATS": uapi.UMEM_GET_STATS,
     "UMEM_INFO_SERVED": uapi.UMEM_INFO_SERVED,
     "UMEM_INFO_COMPLETE": uapi.UMEM_INFO_COMPLETE,
     "UMEM_INFO_MAPPED": uapi.UMEM_INFO_MAPPED,
@@ -123,6 +136,7 @@ def test_pack_sets_and_zeroes() -> None:
         "server_fd": 0,
         "shmem_fd": 0,
         "id": 0,
+        "loss_timeout_ms": 0,
     }
     assert uapi.CREATE.name(arg) == "vm.ram0"
     with pytest.raises(ValueError, match="no sise"):
