@@ -116,6 +116,7 @@ class Server(contextlib.AbstractContextManager["Server"]):
     def __init__(self, area: Area, answer: Callable[[Area, int], None] | None = None) -> None:
         self.area = area
         self.served: list[int] = []
+        self._granule = area.granule_size // PAGE
         self._answer = answer or (lambda area, pgoff: fill(area, pgoff))
         self._error: BaseException | None = None
         self._stop = os.eventfd(0)
@@ -130,7 +131,7 @@ class Server(contextlib.AbstractContextManager["Server"]):
                 pages = list(self.area.requests()[::2])
                 for pgoff in pages:
                     self._answer(self.area, pgoff)
-                self.area.mark((pgoff, 1) for pgoff in pages)
+                self.area.mark((pgoff, self._granule) for pgoff in pages)
                 self.served += pages
         except BaseException as e:
             self._error = e

@@ -57,6 +57,7 @@ def test_create_gives_what_the_header_says() -> None:
             flags=uapi.UMEM_INFO_SERVED | uapi.UMEM_INFO_NODE,
             owner_uid=os.getuid(),
             server_pid=os.getpid(),
+            loss_timeout_ms=0,
         )
         assert areas() == [known]
         for fd in (area.server_fd, area.shmem_fd):
@@ -153,15 +154,21 @@ def test_names_are_unique_among_those_alive(area: Area) -> None:
         {"size": UINT64_MAX - PAGE + 2},
         {"size": 1 << 63},
         {"size": 4 * MEMORY + PAGE},  # the module's default limit
-        {"flags": 1},
+        {"flags": 2},
         {"flags": 1 << 31},
+        {"flags": uapi.UMEM_CREATE_HUGE},  # needs a granule of 2 MiB
+        {"flags": uapi.UMEM_CREATE_HUGE, "granule_size": 16 * PAGE},
         {"granule_size": 1},
-        {"granule_size": 2 * PAGE},
         {"granule_size": PAGE - 1},
+        {"granule_size": 3 * PAGE},
+        {"granule_size": 2 * uapi.GRANULE_MAX},
+        {"granule_size": 1 << 31},
+        {"name": b"."},
+        {"name": b".."},
     ],
     ids=str,
 )
-def test_create_refuses(members: dict[str, int]) -> None:
+def test_create_refuses(members: dict[str, int | bytes]) -> None:
     values: dict[str, int | bytes] = {"size": PAGE, "name": b"refused", **members}
     arg = uapi.CREATE.pack(**values)
     refused(uapi.UMEM_DEV_CREATE_UMEM, arg, errno.EINVAL)

@@ -75,6 +75,7 @@ static const struct {
 	{ "setuid", SYS_setuid },
 	{ "mlock", SYS_mlock },
 	{ "msync", SYS_msync },
+	{ "kill", SYS_kill },
 };
 
 static void on_fault(int sig)

@@ -12,12 +12,14 @@
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define PAGE 4096UL
 #define CODE 0x1000
@@ -45,12 +47,24 @@ static int call(int fd, unsigned long number, void *arg, const char *what)
 	return ret;
 }
 
+static unsigned long page;
+
+/* What QEMU makes a machine check of. */
+static void on_bus_error(int sig, siginfo_t *info, void *context)
+{
+	(void)sig, (void)context;
+	dprintf(1, "%lu %s\n", page,
+		info->si_code == BUS_MCEERR_AR ? "poisoned" : "bus error");
+	_exit(0);
+}
+
 int main(int argc, char **argv)
 {
+	struct sigaction bus_error = { .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO };
 	struct kvm_userspace_memory_region region = { 0 };
 	struct kvm_sregs sregs;
 	struct kvm_regs regs = { .rip = CODE, .rflags = 2 };
-	unsigned long npages, page;
+	unsigned long npages;
 	int node, kvm, vm, cpu, bad = 0;
 	struct kvm_run *run;
 	void *low, *area;
@@ -93,6 +107,7 @@ int main(int argc, char **argv)
 	call(cpu, KVM_SET_SREGS, &sregs, "KVM_SET_SREGS");
 	call(cpu, KVM_SET_REGS, &regs, "KVM_SET_REGS");
 
+	sigaction(SIGBUS, &bus_error, NULL);
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	printf("running\n");
 	for (page = 0; page < npages; page++) {
