@@ -55,6 +55,7 @@ class Target:
     qemu: Qemu
     incoming: Path
     autostart: bool
+    touch: bool
     on_arrival: Callable[[], None]
     """Called in the instant of the commit, before anything runs."""
 
@@ -146,7 +147,8 @@ class Migration:
             for area in self._target.areas:
                 fds += [area.server_fd, area.shmem_fd]
             try:
-                await worker.start(module, {"peer": link.peer}, fds)
+                message = {"peer": link.peer, "touch": self._target.touch}
+                await worker.start(module, message, fds)
                 self._lanes[key] = worker
                 greeter = AsyncLink(sock, link.peer)
                 await welcome(greeter, token, hello)

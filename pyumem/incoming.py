@@ -25,7 +25,7 @@ from pyumem.address import Address, listen, name_of, parse
 from pyumem.area import Area
 from pyumem.control import Asker
 from pyumem.destination import Migration, Target
-from pyumem.errors import LinkError, ProtocolError, RefusedError, UmemError
+from pyumem.errors import DriverError, LinkError, ProtocolError, RefusedError, UmemError
 from pyumem.greeting import WELCOME_S, AsyncLink, admit, refuse, welcome
 from pyumem.hello import MAX_AREAS, AreaSpec, Hello, Lane, flag, text, valid_name
 from pyumem.lanes.link import tune
@@ -55,6 +55,8 @@ class IncomingRequest:
     qmp: Path
     incoming: Path
     autostart: bool
+    touch: bool
+    """Map pages for the guest as they come (`-postcopy-flags 1`)."""
 
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> IncomingRequest:
@@ -72,14 +74,18 @@ class IncomingRequest:
             qmp=Path(text(message, "qmp")),
             incoming=Path(text(message, "incoming")),
             autostart=flag(message, "autostart"),
+            touch=flag(message, "touch"),
         )
 
 
 class IncomingVm:
     """One of them.  open(), then run() until it is over."""
 
-    def __init__(self, request: IncomingRequest, token: bytes, launcher: Asker) -> None:
-        """Take nothing yet."""
+    def __init__(
+        self, request: IncomingRequest, token: bytes, launcher: Asker, directory: Path | None
+    ) -> None:
+        """Take nothing yet.  directory is where areas are files, if anywhere."""
+        self._directory = directory
         self.request: Final = request
         self._launcher = launcher
         self._problem = ""
@@ -122,6 +128,7 @@ class IncomingVm:
                 {
                     "id": block.id,
                     "node": area.node,
+                    "path": self._path(area),
                     "size_bytes": area.size,
                     "cached_bytes": known.nr_cached * known.granule_size,
                 }
@@ -134,6 +141,10 @@ class IncomingVm:
             "areas": areas,
             "migration": self.migration.to_json() if self.migration else None,
         }
+
+    def _path(self, area: Area) -> str:
+        """Return what QEMU is to map: the area's file, or its node where there is none."""
+        return str(self._directory / area.name) if self._directory else area.node
 
     # --- life ---
 
@@ -157,7 +168,7 @@ class IncomingVm:
             self._release_files()
             raise
         return [
-            {"id": block.id, "node": area.node, "size_bytes": area.size}
+            {"id": block.id, "path": self._path(area), "size_bytes": area.size}
             for area, block in zip(self._areas, self.request.blocks, strict=True)
         ]
 
@@ -168,6 +179,7 @@ class IncomingVm:
                 self._spawn(self._accept(sock), f"accept {self.request.address}")
             if await self._attach():
                 await self._wait()
+                await self._hand_over()
         finally:
             await self._release()
 
@@ -239,6 +251,19 @@ class IncomingVm:
             gone.cancel()
             migrated.cancel()
             await asyncio.gather(gone, migrated, return_exceptions=True)
+
+    async def _hand_over(self) -> None:
+        """Take the driver out of the guest's way when every page is here."""
+        if self.migration is None or self.migration.state is not State.COMPLETED:
+            return
+        for area in self._areas:
+            try:
+                # It waits for QEMU's mmap lock; not in the event loop.
+                if area.info().complete:  # not when the guest ended before that
+                    await asyncio.to_thread(area.make_anonymous)
+            except DriverError as e:
+                # Nothing is lost: a complete area is served by the driver as well.
+                log.warning("%s: %s", self.name, e)
 
     async def _while_paused(self, gone: asyncio.Task[Any], migration: Migration) -> None:
         while not gone.done():
@@ -359,6 +384,7 @@ class IncomingVm:
             qemu=self._qemu,
             incoming=self.request.incoming,
             autostart=self.request.autostart,
+            touch=self.request.touch,
             on_arrival=lambda: self._launcher.tell("arrived"),
         )
         self.migration = Migration(target, hello, link)

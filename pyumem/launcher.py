@@ -47,7 +47,7 @@ Run stock QEMU so that its VM can leave this host, or come to it, by post-copy.
 
   QEMU                     a qemu-system-... binary; its own options stay as they are
   -postcopy                with -incoming: expect a VM by post-copy; `umemctl serve` must run
-  -postcopy-flags 0|1      0: default; 1: touch pages as they come (accepted, not done yet)
+  -postcopy-flags 0|1      0: default; 1: map pages for the guest as they come
   -incoming tcp:HOST:PORT  where to expect it; HOST 0 or empty is any address
 
 QEMU's QMP socket for `umemctl migrate` is $UMEM_RUNTIME_DIR/vm/NAME/qmp.sock (/run/umem for root),
@@ -166,7 +166,7 @@ def _refuse_lost(name: str) -> None:
 
 
 def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
-    """Get an area from `umemctl serve`.  Returns the connection, to be kept open, and the node."""
+    """Get an area from `umemctl serve`.  Returns the connection, to be kept open, and its path."""
     assert wish.postcopy_from is not None
     if not Path(DEVICE).exists():
         raise UmemError(
@@ -185,8 +185,9 @@ def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
             qmp=str(runtime.qmp_socket(name)),
             incoming=str(runtime.incoming_socket(name)),
             autostart=wish.autostart,
+            touch=wish.touch_pages,
         )
-        return client, str(answer["areas"][0]["node"])
+        return client, str(answer["areas"][0]["path"])
     except BaseException:
         client.close()
         raise
@@ -264,8 +265,6 @@ def _launch(wish: Wish, signals: Signals) -> int:
             serve, mem_path = _ask_serve(wish, name)
             # Open as long as QEMU runs: each side sees the other's end.
             stack.callback(serve.close)
-            if wish.touch_pages:
-                say("-postcopy-flags 1: accepted; pages are not touched as they come yet")
             say(f"VM {name} is expected on {wish.postcopy_from}, its RAM is {mem_path}")
         else:
             _refuse_lost(name)

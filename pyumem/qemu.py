@@ -30,6 +30,7 @@ from typing import Any, Final
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
+from pyumem.areafs import is_area_file
 from pyumem.errors import CheckError, QemuError
 
 IGNORE_SHARED: Final = "x-ignore-shared"
@@ -46,6 +47,13 @@ _RETRY_S: Final = 0.02
 _USE_LAUNCHER: Final = (
     "start the VM with `umem-qemu`, or give QEMU -object memory-backend-file,...,share=on"
 )
+
+
+def _what_file(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file from all others: a device's number, else device and inode."""
+    if stat.S_ISCHR(status.st_mode):
+        return (status.st_rdev,)
+    return (status.st_dev, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,16 +314,16 @@ class Qemu:
         CheckError.
         """
         try:
-            mapped, devices = self._mapped_files(), self._open_devices()
+            mapped, opened = self._mapped_files(), self._open_files()
         except OSError as e:
             raise CheckError(
                 f"cannot see what QEMU (pid {self.pid}) has mapped: {e.strerror}; run as its user"
             ) from e
         for name, fd in ram.items():
             status = os.fstat(fd)
-            # An area of the driver is mapped under another inode than that of its node.
-            if stat.S_ISCHR(status.st_mode):
-                found = status.st_rdev in devices
+            # An area of the driver is mapped under another inode than that of its node or file.
+            if stat.S_ISCHR(status.st_mode) or is_area_file(status):
+                found = _what_file(status) in opened
             else:
                 found = (status.st_dev, status.st_ino) in mapped
             if not found:
@@ -334,14 +342,12 @@ class Qemu:
             found.add((os.makedev(major, minor), int(fields[4])))
         return found
 
-    def _open_devices(self) -> set[int]:
-        """Return the number of each character device that the process has open."""
+    def _open_files(self) -> set[tuple[int, ...]]:
+        """Return which files and devices the process has open, see _what_file()."""
         found = set()
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                status = link.stat()
-                if stat.S_ISCHR(status.st_mode):
-                    found.add(status.st_rdev)
+                found.add(_what_file(link.stat()))
         return found
 
     # --- the end ---

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import pyumem
 from pyumem import runtime
+from pyumem.areafs import AreaDirectory
 from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
 from pyumem.incoming import IncomingRequest, IncomingVm
@@ -39,6 +40,7 @@ class Daemon:
     def __init__(self, token: bytes) -> None:
         """Take nothing yet."""
         self._token = token
+        self._directory = AreaDirectory()
         self._vms: dict[str, IncomingVm] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
@@ -54,8 +56,11 @@ class Daemon:
         """
         directory = runtime.make_private(runtime.runtime_dir())
         loop = asyncio.get_running_loop()
-        with runtime.LockFile(
-            directory / "serve.lock", f"umemctl serve runs already for {directory}"
+        with (
+            runtime.LockFile(
+                directory / "serve.lock", f"umemctl serve runs already for {directory}"
+            ),
+            self._directory,
         ):
             async with ControlServer(runtime.serve_socket(), self._answer):
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -131,7 +136,7 @@ class Daemon:
             raise ControlError(f"a VM named {request.name} is expected already: give -name another")
         if self._stop.is_set():
             raise ControlError("umemctl serve is stopping")
-        vm = IncomingVm(request, self._token, launcher)
+        vm = IncomingVm(request, self._token, launcher, self._directory.path)
         self._vms[request.name] = vm
         try:
             areas = await vm.open()
@@ -141,7 +146,7 @@ class Daemon:
         log.info(
             "%s: areas %s",
             vm.name,
-            ", ".join(f"{a['id']} = {a['node']} ({a['size_bytes'] >> 20} MiB)" for a in areas),
+            ", ".join(f"{a['id']} = {a['path']} ({a['size_bytes'] >> 20} MiB)" for a in areas),
         )
         self._lives[vm.name] = asyncio.create_task(self._live(vm), name=f"VM {vm.name}")
         return {"areas": areas}

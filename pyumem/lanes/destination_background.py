@@ -53,7 +53,8 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     channel.send({"event": "ready"})
     if not channel.wait_go():
         return
-    serve(link, Filler(link, areas, Arrivals.attach(slots, fds[2:4]), stats))
+    arrivals = Arrivals.attach(slots, fds[2:4])
+    serve(link, Filler(link, areas, arrivals, stats, touch=message["touch"]))
     # The socket stays open until the parent ends this process: that is how the source sees that the
     # lane is alive.
     channel.send({"event": "drained"})

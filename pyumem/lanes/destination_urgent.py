@@ -40,14 +40,16 @@ class UrgentLane:
         areas: Sequence[AreaLike],
         arrivals: Arrivals,
         stats: StatsBlock,
+        *,
+        touch: bool = False,
     ) -> None:
-        """Serve the areas over the link."""
+        """Serve the areas over the link.  touch: map pages for the guest as they come."""
         self._channel = channel
         self._link = link
         self._areas = areas
         self._arrivals = arrivals
         self._stats = stats
-        self._filler = Filler(link, areas, arrivals, stats)
+        self._filler = Filler(link, areas, arrivals, stats, touch=touch)
         self._out = bytearray()
 
     def run(self) -> None:
@@ -131,7 +133,12 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
         area.view(0, 1).release()  # map it now, not at the first request
     channel.send({"event": "ready"})
     lane = UrgentLane(
-        channel, Link(sock, message["peer"], stats), areas, Arrivals.attach(slots, fds[2:4]), stats
+        channel,
+        Link(sock, message["peer"], stats),
+        areas,
+        Arrivals.attach(slots, fds[2:4]),
+        stats,
+        touch=message["touch"],
     )
     # The parent has to say WELCOME on the socket first.
     if channel.wait_go():

@@ -54,8 +54,8 @@ class AreaLike(Protocol):
     def requests(self) -> memoryview:
         """Requests as words pgoff, flags, ...; empty when there is none."""
 
-    def mark(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Mark ranges, return how many pages were missing before."""
+    def mark(self, ranges: Iterable[tuple[int, int]], *, touch: bool = False) -> int:
+        """Mark ranges, return how many pages were missing before; touch: map them at once."""
 
 
 class Arrivals:
@@ -132,9 +132,16 @@ class Filler:
     """Takes PAGES and ZERO frames of one lane."""
 
     def __init__(
-        self, link: Link, areas: Sequence[AreaLike], arrivals: Arrivals, stats: StatsBlock
+        self,
+        link: Link,
+        areas: Sequence[AreaLike],
+        arrivals: Arrivals,
+        stats: StatsBlock,
+        *,
+        touch: bool = False,
     ) -> None:
-        """Fill the areas from the link."""
+        """Fill the areas from the link.  touch: map pages for the guest as they come."""
+        self._touch = touch
         self._link = link
         self._areas = areas
         self._arrivals = arrivals
@@ -169,7 +176,7 @@ class Filler:
         slot = self._fresh("PAGES", header.area, area, pgoff, count)
         with area.view(pgoff, count) as view:
             self._link.receive_into(view)
-        self._stats.add(Counter.MARKED, area.mark(((pgoff, count),)))
+        self._stats.add(Counter.MARKED, area.mark(((pgoff, count),), touch=self._touch))
         self._arrivals.here(slot, count, self._stats)
         self._stats.add(Counter.PAGES, count)
 

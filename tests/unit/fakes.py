@@ -37,6 +37,7 @@ class FakeArea:
         self._view = memoryview(self.map)
         self.cached = bytearray(npages)
         self.marks: list[tuple[int, int]] = []
+        self.touched: list[tuple[int, int]] = []
         self._pending: list[tuple[int, int]] = []
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -89,12 +90,14 @@ class FakeArea:
                 os.eventfd_read(self._event)
         return memoryview(array.array("Q", [word for one in taken for word in one]))
 
-    def mark(self, ranges: Iterable[tuple[int, int]]) -> int:
+    def mark(self, ranges: Iterable[tuple[int, int]], *, touch: bool = False) -> int:
         new = 0
         with self._changed:
             for pgoff, count in ranges:
                 assert count >= 1 and pgoff + count <= self.npages
                 self.marks.append((pgoff, count))
+                if touch:
+                    self.touched.append((pgoff, count))
                 for page in range(pgoff, pgoff + count):
                     new += not self.cached[page]
                     self.cached[page] = 1

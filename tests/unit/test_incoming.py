@@ -99,8 +99,9 @@ def run(
             qmp=tmp_path / "qmp.sock",
             incoming=tmp_path / "incoming.sock",
             autostart=True,
+            touch=False,
         )
-        vm = IncomingVm(request, b"", launcher)
+        vm = IncomingVm(request, b"", launcher, None)
         await vm.open()
         life = asyncio.create_task(vm.run())
         try:

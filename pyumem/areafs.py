@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The driver's file system, in which every named area is a regular file.
+
+QEMU's balloon, free-page reporting and virtio-mem give memory back by fallocate(), which the kernel
+lets through to files and not to nodes.  `umemctl serve` mounts it when it may; without it the VM's
+RAM is the area's node, and only the giving back is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+from pyumem import runtime
+
+log = logging.getLogger(__name__)
+
+FILESYSTEM = "umem"
+
+
+def mounts() -> dict[int, Path]:
+    """Return where the file system is mounted, by st_dev."""
+    found = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        # proc(5): ID PARENT MAJOR:MINOR ROOT MOUNT-POINT OPTIONS [TAGS...] - TYPE SOURCE OPTIONS
+        fields, _, rest = line.partition(" - ")
+        _, _, device, _, point, *_ = fields.split(" ")
+        if rest.split(" ", 1)[0] == FILESYSTEM:
+            major, minor = map(int, device.split(":"))
+            # Blanks and the like are octal escapes.
+            raw = point.encode().decode("unicode_escape").encode("latin-1")
+            found[os.makedev(major, minor)] = Path(os.fsdecode(raw))
+    return found
+
+
+def is_area_file(status: os.stat_result) -> bool:
+    """Tell whether that is a file of the file system."""
+    return status.st_dev in mounts()
+
+
+class AreaDirectory:
+    """The mount of one daemon.  A context manager; path is None where it may not mount."""
+
+    def __init__(self) -> None:
+        """Mount nothing yet."""
+        self._point = runtime.runtime_dir() / "areas"
+        self._ours = False
+        self.path: Path | None = None
+
+    def __enter__(self) -> AreaDirectory:
+        """Mount it, unless it is there already."""
+        self._point.mkdir(mode=0o755, exist_ok=True)
+        if self._point not in mounts().values():
+            argv = ["mount", "-t", FILESYSTEM, FILESYSTEM, str(self._point)]
+            try:
+                done = subprocess.run(argv, capture_output=True, text=True, check=False)
+                problem = done.stderr.strip() if done.returncode else ""
+            except OSError as e:
+                problem = f"{argv[0]}: {e.strerror}"
+            if problem:
+                log.warning(
+                    "VMs that come cannot give memory back by balloon (%s); as root: %s",
+                    *(problem, " ".join(argv)),
+                )
+                return self
+            self._ours = True
+        self.path = self._point
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unmount what was mounted here.  Who has a file of it open keeps that."""
+        if self._ours:
+            subprocess.run(["umount", "-l", str(self._point)], capture_output=True, check=False)
+        self.path = None
