@@ -55,6 +55,7 @@ static DEFINE_MUTEX(umem_areas_mutex);
 static DEFINE_XARRAY_ALLOC(umem_areas);
 static unsigned int umem_nr_areas;
 static u32 umem_next_id;
+static unsigned long umem_last_serial;
 static struct vfsmount *umem_mnt;
 static struct vfsmount *umem_huge_mnt;
 
@@ -377,8 +378,10 @@ static int umem_area_publish(struct umem_area *area)
 		ret = xa_alloc_cyclic(&umem_areas, &area->id, area,
 				      XA_LIMIT(0, UMEM_MINORS - 1),
 				      &umem_next_id, GFP_KERNEL);
-	if (ret >= 0)
+	if (ret >= 0) {
 		umem_nr_areas++;
+		area->serial = ++umem_last_serial;
+	}
 	mutex_unlock(&umem_areas_mutex);
 	return min(ret, 0);
 }
@@ -414,7 +417,7 @@ static bool umem_granule_is_valid(const struct umem_create *wish)
 	if (!is_power_of_2(size) || size < PAGE_SIZE || size > UMEM_GRANULE_MAX)
 		return false;
 	/* One granule, one huge page. */
-	return !(wish->flags & UMEM_CREATE_HUGE) || size == HPAGE_PMD_SIZE;
+	return !(wish->flags & UMEM_CREATE_HUGE) || size == PMD_SIZE;
 }
 
 /* The backing file: a tmpfs file of the driver's own. */

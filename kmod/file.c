@@ -29,14 +29,25 @@
 /* "umem" */
 #define UMEM_FS_MAGIC	0x756d656d
 
-static u32 umem_inode_id(const struct inode *inode)
+/*
+ * The area that an inode was made for, with a reference, or NULL when that is
+ * gone.  Its number may be another area's by now, so that alone does not tell: who
+ * held on to the inode would get at memory that was never his.
+ */
+static struct umem_area *umem_inode_area(const struct inode *inode)
 {
-	return inode->i_ino - UMEM_FIRST_INO;
+	struct umem_area *area = umem_area_find(inode->i_ino - UMEM_FIRST_INO);
+
+	if (area && area->serial != (unsigned long)inode->i_private) {
+		umem_area_put(area);
+		return NULL;
+	}
+	return area;
 }
 
 static int umem_file_open(struct inode *inode, struct file *file)
 {
-	struct umem_area *area = umem_area_find(umem_inode_id(inode));
+	struct umem_area *area = umem_inode_area(inode);
 	struct file *face;
 
 	if (!area)
@@ -91,7 +102,7 @@ static int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
 	if (attr->ia_valid & ATTR_SIZE && attr->ia_size != i_size_read(inode))
 		return -EPERM;
 
-	area = umem_area_find(umem_inode_id(inode));
+	area = umem_inode_area(inode);
 	if (!area)
 		return -ENOENT;
 	setattr_copy(idmap, inode, attr);
@@ -136,6 +147,7 @@ static struct dentry *umem_dir_lookup(struct inode *dir, struct dentry *dentry,
 			inode->i_uid = READ_ONCE(area->file_uid);
 			inode->i_gid = READ_ONCE(area->file_gid);
 			inode->i_size = umem_area_size(area);
+			inode->i_private = (void *)area->serial;
 			inode->i_op = &umem_file_iops;
 			inode->i_fop = &umem_file_fops;
 		} else {

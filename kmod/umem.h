@@ -101,6 +101,7 @@ struct umem_counts {
  * @order: a granule is so many times the page doubled
  * @huge: backed by huge pages where there are some
  * @id: the N of /dev/umemN
+ * @serial: never used again, unlike @id
  * @name: unique among the areas alive; empty for one of UMEM_INIT
  * @uid: who created it
  * @gid: group of its node
@@ -147,6 +148,7 @@ struct umem_area {
 	unsigned int order;
 	bool huge;
 	u32 id;
+	unsigned long serial;
 	char name[UMEM_NAME_MAX];
 	kuid_t uid;
 	kgid_t gid;
