@@ -3,7 +3,8 @@
 #
 # setup-guest.sh: the guest that is migrated in tests and in the demo:
 # build/guest/vmlinux (Debian's cloud kernel, unpacked, not installed),
-# build/guest/initramfs.cpio (busybox, tests/guest/init and the workload), and
+# build/guest/initramfs.cpio (busybox, tests/guest/init, the workload, and drivers of
+# what gives memory back), and
 # build/guest/workload for tests on the host.
 
 . "$(dirname "$0")/lib.sh"
@@ -12,6 +13,9 @@ with_lock guest
 stamp_fresh guest "$0" "$ROOT"/tests/guest/* "$ROOT/scripts/extract-vmlinux.py" && exit 0
 dir=$BUILD/guest
 mkdir -p "$dir"
+# In the order in which tests/guest/init loads them.
+modules=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci
+	virtio_balloon virtio_mem)
 
 if ! stamp_fresh guest-kernel "$0" "$ROOT/scripts/extract-vmlinux.py"; then
 	with_lock apt-lists
@@ -25,6 +29,11 @@ if ! stamp_fresh guest-kernel "$0" "$ROOT/scripts/extract-vmlinux.py"; then
 	dpkg-deb -x "$(deb_of "$image")" "$dir/kernel"
 	"$ROOT/scripts/extract-vmlinux.py" \
 		"$dir/kernel/boot/vmlinuz-${image#linux-image-}" "$dir/vmlinux"
+	rm -rf "$dir/modules"
+	mkdir -p "$dir/modules"
+	for module in "${modules[@]}"; do
+		cp "$dir"/kernel/lib/modules/*/kernel/drivers/virtio/"$module.ko" "$dir/modules/"
+	done
 	rm -rf "$dir/kernel"
 	drop_debs "$image"
 	touch "$STAMPS/guest-kernel"
@@ -40,6 +49,10 @@ cp /bin/busybox "$stage/bin/busybox"
 ln -s busybox "$stage/bin/sh"
 cp "$dir/workload" "$stage/bin/workload"
 cp "$ROOT/tests/guest/init" "$stage/init"
+mkdir "$stage/modules"
+for module in "${modules[@]}"; do
+	cp "$dir/modules/$module.ko" "$stage/modules/"
+done
 # Not compressed: unpacking costs more than reading under emulation.
 (cd "$stage" && find . | LC_ALL=C sort |
 	cpio --quiet -o -H newc --owner=0:0 --reproducible >"$dir/initramfs.cpio.new")

@@ -113,10 +113,13 @@ def no_request(area: Area, within: float = SHORT) -> None:
 class Server(contextlib.AbstractContextManager["Server"]):
     """A thread that fills and marks whatever is asked for, until the end of the with block."""
 
-    def __init__(self, area: Area, answer: Callable[[Area, int], None] | None = None) -> None:
+    def __init__(
+        self, area: Area, answer: Callable[[Area, int], None] | None = None, *, run: int = 0
+    ) -> None:
+        """run: mark so many pages around what is asked for, if not only the granule."""
         self.area = area
         self.served: list[int] = []
-        self._granule = area.granule_size // PAGE
+        self._run_pages = run or area.granule_size // PAGE
         self._answer = answer or (lambda area, pgoff: fill(area, pgoff))
         self._error: BaseException | None = None
         self._stop = os.eventfd(0)
@@ -131,7 +134,8 @@ class Server(contextlib.AbstractContextManager["Server"]):
                 pages = list(self.area.requests()[::2])
                 for pgoff in pages:
                     self._answer(self.area, pgoff)
-                self.area.mark((pgoff, self._granule) for pgoff in pages)
+                run = self._run_pages
+                self.area.mark((pgoff - pgoff % run, run) for pgoff in pages)
                 self.served += pages
         except BaseException as e:
             self._error = e

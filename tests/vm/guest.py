@@ -45,6 +45,10 @@ class GuestSpec:
     vcpus: int = 1
     accel: str = "kvm"
     """kvm or tcg."""
+    virtio: bool = False
+    """Load the guest's drivers of the balloon and of virtio-mem; pages are not zeroed when they are
+    allocated, or the balloon would touch each page before it gives it back.
+    """
     extra: tuple[str, ...] = ()
     """More QEMU arguments."""
 
@@ -63,6 +67,7 @@ class GuestSpec:
             "console=ttyS0 quiet loglevel=1 panic=-1 no_timer_check tsc=reliable "
             "nokaslr mitigations=off audit=0 "
             f"umem.workload={self.workload} umem.writers={self.writers} umem.mb={self.mb}"
+            + (" umem.virtio=1 memhp_default_state=online init_on_alloc=0" if self.virtio else "")
         )
 
     def qemu_args(self, serial: Path) -> list[str]:
