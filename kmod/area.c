@@ -430,7 +430,7 @@ static struct file *umem_area_new_backing(struct umem_area *area)
 	snprintf(name, sizeof(name), "umem:%s", area->name);
 	file = shmem_file_setup_with_mnt(area->huge ? umem_huge_mnt : umem_mnt,
 					 name, umem_area_size(area),
-					 VM_NORESERVE);
+					 UMEM_SHMEM_NORESERVE);
 	if (IS_ERR(file))
 		return file;
 	inode = file_inode(file);

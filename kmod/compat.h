@@ -11,8 +11,11 @@
 #ifndef _UMEM_COMPAT_H
 #define _UMEM_COMPAT_H
 
+#include <linux/bitmap.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
+#include <linux/pagemap.h>
 
 /* A search of mm.h found neither: faults are handled under mmap_lock alone. */
 #ifndef UMEM_HAVE_RELEASE_FAULT_LOCK
@@ -42,8 +45,24 @@ static inline void vma_start_write(struct vm_area_struct *vma)
 }
 #endif
 
+#ifndef UMEM_HAVE_VMA_SET_FILE
+static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
+{
+	get_file(file);
+	swap(vma->vm_file, file);
+	fput(file);
+}
+#endif
+
 #ifndef UMEM_HAVE_VFS_MMAP
 #define vfs_mmap(file, vma)	call_mmap(file, vma)
+#endif
+
+/* The flags of a shmem file whose size is not accounted at once. */
+#ifdef UMEM_HAVE_SHMEM_VMA_FLAGS
+#define UMEM_SHMEM_NORESERVE	mk_vma_flags(VMA_NORESERVE_BIT)
+#else
+#define UMEM_SHMEM_NORESERVE	VM_NORESERVE
 #endif
 
 #ifdef UMEM_HAVE_CONST_DEVNODE
@@ -76,8 +95,92 @@ static inline void set_default_d_op(struct super_block *sb,
 }
 #endif
 
+/*
+ * What is given to a file system of mounts with ids of their own is not given to
+ * one of the kernels before them.
+ */
+int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
+		      struct iattr *attr);
+
+#ifdef UMEM_HAVE_SETATTR_IDMAP
+#define umem_setattr		umem_file_setattr
+#define umem_setattr_prepare	setattr_prepare
+#define umem_setattr_copy	setattr_copy
+#else
+static inline int umem_setattr(struct dentry *dentry, struct iattr *attr)
+{
+	return umem_file_setattr(NULL, dentry, attr);
+}
+
+static inline int umem_setattr_prepare(umem_idmap_arg *idmap,
+				       struct dentry *dentry,
+				       struct iattr *attr)
+{
+	return setattr_prepare(dentry, attr);
+}
+
+static inline void umem_setattr_copy(umem_idmap_arg *idmap,
+				     struct inode *inode, struct iattr *attr)
+{
+	setattr_copy(inode, attr);
+}
+#endif
+
+/* Up to 64 bits at a time is what the driver asks for. */
+#ifndef UMEM_HAVE_BITMAP_TO_ARR64
+static inline void bitmap_to_arr64(u64 *buf, const unsigned long *bitmap,
+				   unsigned int nbits)
+{
+	u32 half[2] __aligned(8) = { };
+
+	bitmap_to_arr32(half, bitmap, nbits);
+	*buf = (u64)half[1] << 32 | half[0];
+}
+#endif
+
 #ifdef UMEM_HAVE_STRUCT_FOLIO
+/* map_pages may be given a part of what is asked for. */
 #define UMEM_HAVE_MAP_PAGES
+#else
+/* A compound page, or one that is none, by the name of its head. */
+struct folio {
+	union {
+		struct {
+			unsigned long flags;
+			struct list_head lru;
+			struct address_space *mapping;
+			pgoff_t index;
+		};
+		struct page page;
+	};
+};
+
+static_assert(offsetof(struct folio, index) == offsetof(struct page, index));
+
+static inline struct folio *page_folio(struct page *page)
+{
+	return (struct folio *)compound_head(page);
+}
+
+static inline bool folio_test_large(struct folio *folio)
+{
+	return PageHead(&folio->page);
+}
+
+static inline pgoff_t folio_next_index(struct folio *folio)
+{
+	return folio->index + compound_nr(&folio->page);
+}
+
+static inline void folio_unlock(struct folio *folio)
+{
+	unlock_page(&folio->page);
+}
+
+static inline void folio_put(struct folio *folio)
+{
+	put_page(&folio->page);
+}
 #endif
 
 const struct vm_operations_struct *umem_shmem_vm_ops(struct vm_area_struct *vma);

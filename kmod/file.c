@@ -89,14 +89,14 @@ static const struct file_operations umem_file_fops = {
 };
 
 /* Owner, group and mode are the area's; its size is for ever. */
-static int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
-			     struct iattr *attr)
+int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
+		      struct iattr *attr)
 {
 	struct inode *inode = d_inode(dentry);
 	struct umem_area *area;
 	int ret;
 
-	ret = setattr_prepare(idmap, dentry, attr);
+	ret = umem_setattr_prepare(idmap, dentry, attr);
 	if (ret)
 		return ret;
 	if (attr->ia_valid & ATTR_SIZE && attr->ia_size != i_size_read(inode))
@@ -105,7 +105,7 @@ static int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
 	area = umem_inode_area(inode);
 	if (!area)
 		return -ENOENT;
-	setattr_copy(idmap, inode, attr);
+	umem_setattr_copy(idmap, inode, attr);
 	WRITE_ONCE(area->file_uid, inode->i_uid);
 	WRITE_ONCE(area->file_gid, inode->i_gid);
 	WRITE_ONCE(area->file_mode, inode->i_mode & 0777);
@@ -114,7 +114,7 @@ static int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
 }
 
 static const struct inode_operations umem_file_iops = {
-	.setattr	= umem_file_setattr,
+	.setattr	= umem_setattr,
 };
 
 static struct inode *umem_new_inode(struct super_block *sb, unsigned long ino,
@@ -198,6 +198,11 @@ static const struct super_operations umem_super_ops = {
 	.statfs		= simple_statfs,
 };
 
+/* A name is looked up each time: areas come and go. */
+static const struct dentry_operations umem_dentry_ops = {
+	.d_delete	= always_delete_dentry,
+};
+
 static int umem_fill_super(struct super_block *sb, struct fs_context *fc)
 {
 	struct inode *inode;
@@ -207,8 +212,7 @@ static int umem_fill_super(struct super_block *sb, struct fs_context *fc)
 	sb->s_maxbytes = MAX_LFS_FILESIZE;
 	sb->s_magic = UMEM_FS_MAGIC;
 	sb->s_op = &umem_super_ops;
-	/* A name is looked up each time: areas come and go. */
-	set_default_d_op(sb, &simple_dentry_operations);
+	set_default_d_op(sb, &umem_dentry_ops);
 
 	inode = umem_new_inode(sb, 1, S_IFDIR | 0755);
 	if (!inode)
