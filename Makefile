@@ -8,7 +8,10 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
+# What make test takes, and what can be asked for by KERNEL= besides: the newest
+# of Debian, and one of ours that looks for bugs.  On 5.10 the driver is only built.
 KERNELS := 6.1 6.12
+MORE_KERNELS := 5.10 newest debug
 # What the caller did not choose: one kernel for make vm and make demo, both
 # for make module and make test.
 KERNEL ?=
@@ -29,8 +32,11 @@ PY := .venv/bin/python
 STAMPS := build/stamps
 VM = $(PY) -m tests.vm run
 
-bad_kernel := $(filter-out $(KERNELS),$(KERNEL))
-$(if $(bad_kernel),$(error KERNEL=$(bad_kernel) is not one of: $(KERNELS)))
+bad_kernel := $(filter-out $(KERNELS) $(MORE_KERNELS),$(KERNEL))
+$(if $(bad_kernel),$(error KERNEL=$(bad_kernel) is not one of: $(KERNELS) $(MORE_KERNELS)))
+
+# How many times as long as elsewhere a test may take.
+export UMEM_SLOW ?= $(if $(filter debug,$(KERNEL)),5,1)
 
 .PHONY: help
 help: ## list the targets
@@ -59,14 +65,23 @@ $(STAMPS)/checkpatch: scripts/setup-checkpatch.sh | $(STAMPS)/apt
 $(STAMPS)/kernel-%: scripts/setup-kernel.sh | $(STAMPS)/apt
 	@scripts/setup-kernel.sh $*
 
+$(STAMPS)/kernel-newest: | $(STAMPS)/toolchain
+
+$(STAMPS)/kernel-debug: scripts/setup-debug-kernel.sh scripts/debug-kernel.config | $(STAMPS)/apt
+	@scripts/setup-debug-kernel.sh
+
+$(STAMPS)/toolchain: scripts/setup-toolchain.sh | $(STAMPS)/apt
+	@scripts/setup-toolchain.sh
+
 .PHONY: setup
 setup: $(STAMPS)/venv $(KERNELS:%=$(STAMPS)/kernel-%) $(STAMPS)/vm-image $(STAMPS)/guest $(STAMPS)/qemu-10.0 ## get packages, .venv, test kernels, QEMU 10 and the inner guest
 
 .PHONY: module
 module: $(THE_KERNELS:%=module-%) ## build umem.ko for the test kernels, or for KERNEL=6.1|6.12
 
-.PHONY: $(KERNELS:%=module-%)
-$(KERNELS:%=module-%): module-%: $(STAMPS)/kernel-%
+ALL_MODULES := $(patsubst %,module-%,$(KERNELS) $(MORE_KERNELS))
+.PHONY: $(ALL_MODULES)
+$(ALL_MODULES): module-%: $(STAMPS)/kernel-%
 	@scripts/build-module.sh $*
 
 .PHONY: vm
@@ -103,6 +118,15 @@ test-driver: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of the driver
 .PHONY: test-migration
 test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole migrations, in the VM (KERNEL=)
 	@$(RUN_TESTS) migration
+
+.PHONY: test-debug-kernel
+test-debug-kernel: ## tests of the driver on a kernel with KASAN, lockdep, kmemleak and fault injection, built once
+	@$(MAKE) test-driver KERNEL=debug
+
+.PHONY: test-kernels
+test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driver on Debian's newest kernel, and a build on 5.10
+	@scripts/lint.sh more-kernels
+	@$(MAKE) test-driver KERNEL=newest
 
 .PHONY: lint
 lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, kernel-doc

@@ -3,7 +3,7 @@
 #
 # lint.sh [python|shell|kernel]...: every static check, all of them without an
 # argument.  A finding fails, a tool that is missing fails too.  All checks run,
-# so that one call shows everything.
+# so that one call shows everything.  more-kernels is for make test-kernels alone.
 
 . "$(dirname "$0")/lib.sh"
 
@@ -117,9 +117,16 @@ lint_kernel() {
 		-none -Werror "${sources[@]/#kmod\/Kbuild/kmod\/umem.h}"
 }
 
+lint_more_kernels() {
+	local line
+	for line in 5.10 newest; do
+		check "W=1 build for $line" build "$line" w1 W=1
+	done
+}
+
 for part in "${@:-python shell kernel}"; do
 	for one in $part; do
-		"lint_$one"
+		"lint_${one//-/_}"
 	done
 done
 

@@ -22,6 +22,8 @@ RESULTS = ROOT / "build" / "test"
 IN_VM = ("tests/driver", "tests/migration")
 VM_SECONDS = 3000
 """Time limit of one machine."""
+TEST_SECONDS = 900
+"""Time limit of one test in it that has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ def host_part(name: str, arguments: list[str]) -> Part:
 def vm_part(name: str, kernel: str, machine: list[str], arguments: list[str]) -> Part:
     """Return the part that runs pytest in a machine with that kernel."""
     report = RESULTS / f"{name}-{kernel}.xml"
+    slow = float(os.environ.get("UMEM_SLOW", "1"))
     argv = [sys.executable, "-m", "tests.vm", "run", "--kernel", kernel, *machine]
-    argv += ["--name", f"{name}-{kernel}", "--timeout", str(VM_SECONDS)]
+    argv += ["--name", f"{name}-{kernel}", "--timeout", str(VM_SECONDS * slow)]
     # An emulated machine that shares its host with others is slow, and not wrong for that.
-    command = shlex.join(_pytest(report, ["--timeout=900", *arguments]))
+    command = shlex.join(_pytest(report, [f"--timeout={TEST_SECONDS * slow}", *arguments]))
     return Part(f"{name} {kernel}", [*argv, "--shell-command", command], report)
 
 

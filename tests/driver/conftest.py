@@ -14,7 +14,7 @@ from pyumem import uapi
 from pyumem.area import Area
 
 from .build import program
-from .support import PAGE, Agent, areas, module_refs, open_fds, wait_until
+from .support import PAGE, SLOW, Agent, areas, module_refs, open_fds, wait_until
 
 _numbers = itertools.count()
 
@@ -22,8 +22,10 @@ _numbers = itertools.count()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give every test a time limit that fits an emulated machine."""
     for item in items:
-        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(60))
+        if item.path.parent == Path(__file__).parent:
+            own = item.get_closest_marker("timeout")
+            seconds = own.args[0] if own else 60
+            item.add_marker(pytest.mark.timeout(seconds * SLOW), append=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

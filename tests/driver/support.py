@@ -36,7 +36,9 @@ MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
 Found = TypeVar("Found")
 
-LONG = 20.0
+SLOW = float(os.environ.get("UMEM_SLOW", "1"))
+"""How many times as long as elsewhere things may take: more than 1 on the debug kernel."""
+LONG = 20.0 * SLOW
 """Seconds that anything which has to happen may take in an emulated machine."""
 SHORT = 0.15
 """Seconds after which something that would be wrong to happen is taken not to happen."""

@@ -20,7 +20,7 @@ from pyumem import uapi
 from pyumem.area import Area
 
 from .build import program
-from .support import LONG, SHORT, Server, no_request, serve, take, wait_until
+from .support import LONG, SHORT, SLOW, Server, no_request, serve, take, wait_until
 
 NPAGES = 64
 Machine = Callable[[str], subprocess.Popen[str]]
@@ -104,7 +104,7 @@ def test_a_machine_that_waits_can_be_killed(
     began = time.monotonic()
     vm.send_signal(signum)
     assert vm.wait(LONG) == -signum
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 5 * SLOW
     wait_until(lambda: not area.info().mapped, "the mapping is gone")
     serve(area, 0, NPAGES)
 

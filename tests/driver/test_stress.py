@@ -21,7 +21,7 @@ from pyumem import uapi
 from pyumem.area import Area
 
 from .build import program
-from .support import page_bytes
+from .support import SLOW, page_bytes
 
 SECONDS = int(os.environ.get("UMEM_STRESS_SECONDS", "20"))
 SEED = int(os.environ.get("UMEM_STRESS_SEED", str(int(time.time()))))
@@ -104,7 +104,7 @@ def test_many_threads_and_several_lanes(new_area: Callable[[int], Area]) -> None
             check=False,
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=110 * SLOW,
         )
     assert storm.returncode == 0, storm.stdout + storm.stderr
     found = re.fullmatch(r"bad=0 remaps=(\d+)\n", storm.stdout)
@@ -136,11 +136,11 @@ def test_everything_at_once() -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=SECONDS + 90,
+        timeout=SECONDS + 90 * SLOW,
     )
     assert stress.returncode == 0, stress.stdout + stress.stderr
     counts = {key: int(n) for key, n in re.findall(r"(\w+)=(\d+)", stress.stdout)}
     print(counts)
     assert counts["bad"] == 0
-    assert counts["rounds"] > SECONDS // 4
+    assert counts["rounds"] > SECONDS // (4 * SLOW)
     assert all(counts[key] > 0 for key in ("ops", "requests", "reattached", "killed")), counts

@@ -27,7 +27,8 @@ from tests.vm import klog, kvm
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("UMEM_BUILD", ROOT / "build"))
-KERNELS = ("6.1", "6.12")
+KERNELS = ("6.1", "6.12", "newest", "debug")
+"""Those that can be booted; make test takes the first two."""
 
 # Exit statuses of the harness itself, where the command's own is not told.
 EXIT_DIRTY_LOG = 86
@@ -139,6 +140,8 @@ def inner_script(config: VmConfig) -> str:
         "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "UMEM_VM": "1",
         "UMEM_KERNEL": config.kernel,
+        # How many times as long as elsewhere tests may take.
+        "UMEM_SLOW": os.environ.get("UMEM_SLOW", "1"),
         "UMEM_BUILD": str(BUILD),
         "UMEM_QEMU": "/usr/bin/qemu-system-x86_64",
         "UMEM_QEMU10": str(BUILD / "qemu-10.0" / "qemu-system-x86_64"),
