@@ -40,7 +40,7 @@ export UMEM_SLOW ?= $(if $(filter debug,$(KERNEL)),5,1)
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
 
 # ---- what everything else needs: each step has a stamp, each is skipped when done
 
