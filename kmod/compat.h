@@ -73,9 +73,9 @@ static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
 
 /* Whose ids those of a mount are. */
 #ifdef UMEM_HAVE_MNT_IDMAP
-#define umem_idmap_arg		struct mnt_idmap
+#define umem_idmap_t		struct mnt_idmap
 #else
-#define umem_idmap_arg		struct user_namespace
+#define umem_idmap_t		struct user_namespace
 #endif
 
 #ifndef UMEM_HAVE_INIT_TS
@@ -99,7 +99,7 @@ static inline void set_default_d_op(struct super_block *sb,
  * What is given to a file system of mounts with ids of their own is not given to
  * one of the kernels before them.
  */
-int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
+int umem_file_setattr(umem_idmap_t *idmap, struct dentry *dentry,
 		      struct iattr *attr);
 
 #ifdef UMEM_HAVE_SETATTR_IDMAP
@@ -112,14 +112,14 @@ static inline int umem_setattr(struct dentry *dentry, struct iattr *attr)
 	return umem_file_setattr(NULL, dentry, attr);
 }
 
-static inline int umem_setattr_prepare(umem_idmap_arg *idmap,
+static inline int umem_setattr_prepare(umem_idmap_t *idmap,
 				       struct dentry *dentry,
 				       struct iattr *attr)
 {
 	return setattr_prepare(dentry, attr);
 }
 
-static inline void umem_setattr_copy(umem_idmap_arg *idmap,
+static inline void umem_setattr_copy(umem_idmap_t *idmap,
 				     struct inode *inode, struct iattr *attr)
 {
 	setattr_copy(inode, attr);

@@ -89,7 +89,7 @@ static const struct file_operations umem_file_fops = {
 };
 
 /* Owner, group and mode are the area's; its size is for ever. */
-int umem_file_setattr(umem_idmap_arg *idmap, struct dentry *dentry,
+int umem_file_setattr(umem_idmap_t *idmap, struct dentry *dentry,
 		      struct iattr *attr)
 {
 	struct inode *inode = d_inode(dentry);
