@@ -366,7 +366,7 @@ def test_mark_arguments_that_are_refused(area: Area) -> None:
         ({"ranges": where, "nr": 0}, errno.EINVAL),
         ({"ranges": where, "nr": uapi.MARK_MAX + 1}, errno.EINVAL),
         ({"ranges": where, "nr": 0xFFFFFFFF}, errno.EINVAL),
-        ({"ranges": where, "nr": 1, "flags": 1}, errno.EINVAL),
+        ({"ranges": where, "nr": 1, "flags": 2}, errno.EINVAL),
         ({"ranges": where, "nr": 1, "flags": 1 << 31}, errno.EINVAL),
         ({"ranges": 0, "nr": 1}, errno.EFAULT),
         ({"ranges": UINT64_MAX - 7, "nr": 1}, errno.EFAULT),
