@@ -18,6 +18,17 @@ from .support import PAGE, SLOW, Agent, areas, module_refs, open_fds, wait_until
 
 _numbers = itertools.count()
 
+# What only a kernel of its own kind can run; the others do not have it to be skipped.
+FAIL_NTH = Path("/proc/self/fail-nth")
+collect_ignore = [] if FAIL_NTH.exists() else ["test_failnth.py"]
+
+
+def pytest_report_header() -> str:
+    """Tell what is left out, and why."""
+    if FAIL_NTH.exists():
+        return "umem: this kernel injects faults"
+    return "umem: test_failnth.py is left out: this kernel has no fault injection"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give every test a time limit that fits an emulated machine."""
