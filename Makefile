@@ -25,6 +25,7 @@ FLAGS ?=
 GUEST_MEM ?= 256M
 RATE ?= 1gbit
 DELAY ?= 0.2ms
+ROUNDS ?= 5
 
 ONE_KERNEL := $(or $(KERNEL),6.1)
 THE_KERNELS := $(or $(KERNEL),$(KERNELS))
@@ -128,6 +129,10 @@ test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driv
 	@scripts/lint.sh more-kernels
 	@$(MAKE) test-driver KERNEL=newest
 
+.PHONY: bench-fault
+bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults against userfaultfd, in the VM (KERNEL= CPUS= ROUNDS=)
+	@$(PY) -m bench.fault.run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --rounds $(ROUNDS)
+
 .PHONY: lint
 lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, kernel-doc
 	@scripts/lint.sh
@@ -138,8 +143,8 @@ docs: $(STAMPS)/venv ## render Documentation/ into build/docs
 
 .PHONY: clean
 clean: ## remove what was built here; keeps what was downloaded and unpacked
-	@rm -rf build/kmod build/lint build/vm build/test $(STAMPS)/vm-image
-	@find pyumem tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf build/kmod build/lint build/vm build/test build/bench $(STAMPS)/vm-image
+	@find pyumem tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean
 distclean: ## remove build/ and .venv: the next make starts from nothing

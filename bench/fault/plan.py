@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is measured, in which order.
+
+Contenders take turns within a round and change places from round to round, so that a host that
+is slower for a while is slower for all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+FAULTERS = ("copy", "continue", "umem")
+FILLERS = ("copy", "continue", "umem", "umem-touch", "umem-pwrite", "plain", "warm")
+THREADS = (1, 4, 16, 64)
+FAULTS = 8192
+FAULT_MIB = FAULTS * 4 // 1024
+RUNS_KIB = (4, 64, 256, 2048)
+FILL_MIB = 64
+SIZES_MIB = (256, 1024, 16384, 65536)
+SIZERS = ("umem", "continue", "plain")
+SIZE_THREADS = 4
+COMPLETE_ROUNDS = 51
+COMPLETE_MIB = 64
+# GiB of an area, and how many areas.
+MEMORY = ((1, 32), (16, 8))
+
+Command = tuple[str, ...]
+
+
+def _turns(items: Sequence[str], round_no: int) -> Sequence[str]:
+    shift = round_no % len(items)
+    return (*items[shift:], *items[:shift])
+
+
+def _command(*words: object) -> Command:
+    return tuple(str(word) for word in words)
+
+
+def commands(rounds: int) -> Iterator[Command]:
+    """Yield the arguments of each run of the program."""
+    for threads in THREADS:
+        for round_no in range(rounds):
+            for who in _turns(FAULTERS, round_no):
+                yield _command("faults", who, threads, FAULTS, FAULT_MIB, "all")
+            if threads == 1:
+                yield _command("pingpong", FAULTS)
+    for run_kib in RUNS_KIB:
+        for round_no in range(rounds):
+            for who in _turns(FILLERS, round_no):
+                yield _command("fill", who, run_kib, FILL_MIB)
+    for spread in ("blocks", "all"):
+        for round_no in range(rounds):
+            for who in _turns(SIZERS, round_no):
+                for mib in SIZES_MIB:
+                    yield _command("faults", who, SIZE_THREADS, FAULTS, mib, spread)
+    for gib, nr in MEMORY:
+        yield _command("memory", gib, nr)
+    yield _command("complete", COMPLETE_ROUNDS, COMPLETE_MIB)
+
+
+def script(program: str, rounds: int) -> str:
+    """Return the shell script that runs all of it inside the machine."""
+    lines = [
+        "# Written by bench/fault/plan.py.",
+        f"cp {program} /tmp/fault || exit 1",
+        # The machine's memory would limit an area to 16 GiB.
+        "echo 64 >/sys/module/umem/parameters/max_area_gib || exit 1",
+        *(" ".join(("/tmp/fault", *command, "|| exit 1")) for command in commands(rounds)),
+    ]
+    return "\n".join(lines) + "\n"
