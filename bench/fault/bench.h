@@ -33,7 +33,9 @@ struct contender {
 	void (*fill)(unsigned long pgoff, unsigned long count);
 };
 
-extern const struct contender uffd_copy, uffd_continue, umem, umem_touch, umem_pwrite, plain;
+extern const struct contender uffd_copy, uffd_bare, uffd_continue;
+extern const struct contender umem, umem_touch, umem_pwrite;
+extern const struct contender plain;
 
 const struct contender *contender(const char *name);
 
@@ -71,7 +73,7 @@ static inline uint64_t content(unsigned long pgoff)
 	return (pgoff + 1) * 0x9E3779B97F4A7C15UL;
 }
 
-/* The source of a page, as if it had just been received. */
+/* A page that arrives: a memcpy from here stands for recv(), in all contenders. */
 static inline unsigned char *source_of(unsigned long pgoff)
 {
 	unsigned char *page = source() + pgoff * PAGE % HUGE;

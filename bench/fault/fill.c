@@ -3,8 +3,9 @@
  * fill.c - fill CONTENDER RUN_KIB MIB: pages per second into a fresh area that
  * nobody waits for, in runs of so many KiB
  *
- * Every contender copies each byte once, from the same 2 MiB.  "warm" is a memcpy of
- * the same bytes into memory that is there already.
+ * The bytes of every contender come by memcpy from the same 2 MiB, to where its
+ * interface lets them be received.  "warm" is that memcpy into memory that is there
+ * already.
  */
 #include <stdio.h>
 #include <stdlib.h>

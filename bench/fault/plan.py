@@ -7,18 +7,20 @@ is slower for a while is slower for all of them.
 
 from collections.abc import Iterator, Sequence
 
-FAULTERS = ("copy", "continue", "umem")
-FILLERS = ("copy", "continue", "umem", "umem-touch", "umem-pwrite", "plain", "warm")
+FAULTERS = ("copy", "copy-bare", "continue", "umem")
+FILLERS = (
+    *("copy", "copy-bare", "continue", "umem", "umem-touch", "umem-pwrite", "plain", "warm"),
+)
 THREADS = (1, 4, 16, 64)
-FAULTS = 8192
+FAULTS = 4096
 FAULT_MIB = FAULTS * 4 // 1024
 RUNS_KIB = (4, 64, 256, 2048)
-FILL_MIB = 64
+FILL_MIB = 32
 SIZES_MIB = (256, 1024, 16384, 65536)
 SIZERS = ("umem", "continue", "plain")
 SIZE_THREADS = 4
-COMPLETE_ROUNDS = 51
-COMPLETE_MIB = 64
+COMPLETE_ROUNDS = 101
+COMPLETE_MIB = 32
 # GiB of an area, and how many areas.
 MEMORY = ((1, 32), (16, 8))
 

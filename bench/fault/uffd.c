@@ -2,6 +2,9 @@
 /*
  * uffd.c - userfaultfd: COPY into private memory, CONTINUE in shared memory
  *
+ * Content that is received goes to a buffer first and then by COPY to its place;
+ * "copy-bare" is COPY of content that lies in memory for another reason.
+ *
  * CONTINUE fills the page through a second mapping of the file and then has it
  * mapped.  A page that was never there is a missing one, so the area is registered
  * for both; minor mode alone would show zeros.
@@ -13,6 +16,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -21,7 +25,7 @@
 
 #include "bench.h"
 
-static unsigned char *view, *backing;
+static unsigned char *view, *backing, *buffer;
 static int uffd;
 
 static void register_view(unsigned long npages, uint64_t features, uint64_t mode)
@@ -44,6 +48,10 @@ static volatile uint64_t *copy_open(unsigned long npages)
 		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (view == MAP_FAILED)
 		die("mmap");
+	buffer = aligned_alloc(HUGE, HUGE);
+	if (!buffer)
+		die("buffer");
+	memset(buffer, 0, HUGE);
 	register_view(npages, 0, UFFDIO_REGISTER_MODE_MISSING);
 	return (uint64_t *)view;
 }
@@ -85,6 +93,12 @@ static void continue_page(unsigned long pgoff)
 
 static void copy_page(unsigned long pgoff)
 {
+	memcpy(buffer, source_of(pgoff), PAGE);
+	copy_run(pgoff, buffer, PAGE);
+}
+
+static void bare_page(unsigned long pgoff)
+{
 	copy_run(pgoff, source_of(pgoff), PAGE);
 }
 
@@ -112,7 +126,18 @@ static void continue_serve(void)
 	serve(continue_page);
 }
 
+static void bare_serve(void)
+{
+	serve(bare_page);
+}
+
 static void copy_fill(unsigned long pgoff, unsigned long count)
+{
+	memcpy(buffer, source(), count * PAGE);
+	copy_run(pgoff, buffer, count * PAGE);
+}
+
+static void bare_fill(unsigned long pgoff, unsigned long count)
 {
 	copy_run(pgoff, source(), count * PAGE);
 }
@@ -122,6 +147,13 @@ const struct contender uffd_copy = {
 	.open	= copy_open,
 	.serve	= copy_serve,
 	.fill	= copy_fill,
+};
+
+const struct contender uffd_bare = {
+	.name	= "copy-bare",
+	.open	= copy_open,
+	.serve	= bare_serve,
+	.fill	= bare_fill,
 };
 
 static void continue_fill(unsigned long pgoff, unsigned long count)
