@@ -114,6 +114,8 @@ def _faults(results: Results) -> list[Wanted]:
         if threads > 1:
             wanted.append(to_continue)
             wanted.append(against("COPY", results.fault("copy", threads), 0.5))
+            # The stricter reading: its content need not arrive first.
+            wanted.append(against("bare COPY", results.fault("copy-bare", threads), 0.5))
             continue
         # One of the two is enough.
         to_pingpong = against("ping-pong", results.pingpong(), 1.3)
@@ -131,7 +133,11 @@ def _fill(results: Results) -> list[Wanted]:
             False,
             best_rate(ours, results.fill(who, 2048)),
         )
-        for name, who, limit in (("COPY", "copy", 2.0), ("memcpy", "plain", 0.8))
+        for name, who, limit in (
+            ("COPY", "copy", 2.0),
+            ("bare COPY", "copy-bare", 2.0),
+            ("memcpy", "plain", 0.8),
+        )
     ]
 
 
