@@ -12,7 +12,7 @@ FILLERS = (
     *("copy", "copy-bare", "continue", "umem", "umem-touch", "umem-pwrite", "plain", "warm"),
 )
 THREADS = (1, 4, 16, 64)
-FAULTS = 4096
+FAULTS = 2048
 FAULT_MIB = FAULTS * 4 // 1024
 RUNS_KIB = (4, 64, 256, 2048)
 FILL_MIB = 32
