@@ -27,6 +27,9 @@
 /* Requests handed over, or offsets taken, at a time; they are on the stack. */
 #define UMEM_BATCH	32
 
+/* Ranges of a mark that need no memory of their own; on the stack too. */
+#define UMEM_FEW	8
+
 /* Words of a bitmap that are copied before others get the CPU. */
 #define UMEM_WORDS_PER_TURN	1024
 
@@ -386,21 +389,38 @@ static long umem_ioctl_get(struct umem_server *server, void __user *argp,
 	return 0;
 }
 
-/* Copy the ranges of a mark in and check them all before any takes effect. */
-static struct umem_page_range *umem_copy_ranges(struct umem_area *area,
-						const struct umem_mark_cached *arg)
+static void umem_free_ranges(struct umem_page_range *ranges,
+			     const struct umem_page_range *few)
 {
-	struct umem_page_range *ranges;
+	if (ranges != few)
+		kvfree(ranges);
+}
+
+/*
+ * Copy the ranges of a mark in and check them all before any takes effect.  A few
+ * of them go to @few, which has room for UMEM_FEW; more are to be freed by
+ * umem_free_ranges().
+ */
+static struct umem_page_range *umem_copy_ranges(struct umem_area *area,
+						const struct umem_mark_cached *arg,
+						struct umem_page_range *few)
+{
+	const void __user *from = u64_to_user_ptr(arg->ranges);
+	size_t size = array_size(arg->nr, sizeof(*few));
+	struct umem_page_range *ranges = few;
 	u32 i;
 
-	ranges = vmemdup_user(u64_to_user_ptr(arg->ranges),
-			      array_size(arg->nr, sizeof(*ranges)));
-	if (IS_ERR(ranges))
-		return ranges;
+	if (arg->nr > UMEM_FEW) {
+		ranges = vmemdup_user(from, size);
+		if (IS_ERR(ranges))
+			return ranges;
+	} else if (copy_from_user(few, from, size)) {
+		return ERR_PTR(-EFAULT);
+	}
 	for (i = 0; i < arg->nr; i++) {
 		if (!umem_range_is_valid(area, ranges[i].pgoff,
 					 ranges[i].count)) {
-			kvfree(ranges);
+			umem_free_ranges(ranges, few);
 			return ERR_PTR(-EINVAL);
 		}
 	}
@@ -412,8 +432,8 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp,
 			    bool poison)
 {
 	struct umem_mark_cached __user *out = argp;
+	struct umem_page_range few[UMEM_FEW], *ranges;
 	struct umem_area *area = server->area;
-	struct umem_page_range *ranges;
 	struct umem_mark_cached arg;
 	u64 nr_new = 0;
 	long ret = 0;
@@ -428,7 +448,7 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp,
 	if (put_user(nr_new, &out->nr_new))
 		return -EFAULT;
 
-	ranges = umem_copy_ranges(area, &arg);
+	ranges = umem_copy_ranges(area, &arg, few);
 	if (IS_ERR(ranges))
 		return PTR_ERR(ranges);
 
@@ -450,7 +470,7 @@ static long umem_ioctl_mark(struct umem_server *server, void __user *argp,
 			umem_touch(area, ranges[i].pgoff, ranges[i].count);
 	if (!ret)
 		ret = put_user(nr_new, &out->nr_new);
-	kvfree(ranges);
+	umem_free_ranges(ranges, few);
 	return ret;
 }
 
