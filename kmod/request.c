@@ -92,11 +92,17 @@ void umem_request(struct umem_area *area, unsigned long index, bool async)
 
 	/*
 	 * Whoever finds requests left over when it leaves wakes the next
-	 * reader, so only the step from none to one is told.
+	 * reader, so only the step from none to one is told.  Who is about to
+	 * sleep gives its CPU away: the server need not be started on another.
 	 */
-	if (first)
+	if (!first)
+		return;
+	if (async)
 		wake_up_interruptible_poll(&area->server_wq,
 					   EPOLLIN | EPOLLRDNORM);
+	else
+		wake_up_interruptible_sync_poll(&area->server_wq,
+						EPOLLIN | EPOLLRDNORM);
 }
 
 /**
