@@ -19,7 +19,6 @@ MEM ?= 4G
 CPUS ?= 2
 NAME ?= vm
 CMD ?=
-
 ACCEL ?= kvm
 FLAGS ?=
 GUEST_MEM ?= 256M
@@ -63,6 +62,9 @@ $(STAMPS)/qemu-10.0: scripts/setup-qemu10.sh | $(STAMPS)/apt
 $(STAMPS)/checkpatch: scripts/setup-checkpatch.sh | $(STAMPS)/apt
 	@scripts/setup-checkpatch.sh
 
+$(STAMPS)/packaging: scripts/setup-packaging.sh | $(STAMPS)/apt
+	@scripts/setup-packaging.sh
+
 $(STAMPS)/kernel-%: scripts/setup-kernel.sh | $(STAMPS)/apt
 	@scripts/setup-kernel.sh $*
 
@@ -101,7 +103,7 @@ demo: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## migrate a running guest in the 
 RUN_TESTS = $(PY) scripts/run_tests.py $(foreach k,$(THE_KERNELS),--kernel $(k)) --mem $(MEM) --cpus $(CPUS)
 
 .PHONY: test
-test: setup $(STAMPS)/checkpatch $(THE_KERNELS:%=module-%) ## lint and every test; T=path::name runs one (KERNEL=6.1|6.12)
+test: setup $(STAMPS)/checkpatch $(STAMPS)/packaging $(THE_KERNELS:%=module-%) ## lint and every test; T=path::name runs one (KERNEL=6.1|6.12)
 	@$(RUN_TESTS) $(if $(T),--only "$(T)",lint unit harness vm)
 
 .PHONY: test-unit
@@ -134,7 +136,7 @@ bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults agai
 	@$(PY) -m bench.fault.run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --rounds $(ROUNDS)
 
 .PHONY: lint
-lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, kernel-doc
+lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(STAMPS)/packaging $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, coccinelle, dkms ...
 	@scripts/lint.sh
 
 .PHONY: docs

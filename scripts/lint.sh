@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# lint.sh [python|shell|kernel]...: every static check, all of them without an
+# lint.sh [python|shell|kernel|packaging]...: every static check, all of them without an
 # argument.  A finding fails, a tool that is missing fails too.  All checks run,
 # so that one call shows everything.  more-kernels is for make test-kernels alone.
 
@@ -74,7 +74,8 @@ spdx() {
 			echo "$file: no SPDX line"
 			status=1
 		fi
-	done < <(tracked '*.py' '*.sh' '*.c' '*.h' '*/Kbuild' Makefile pyproject.toml)
+	done < <(tracked '*.py' '*.sh' '*.c' '*.h' '*/Kbuild' Makefile pyproject.toml \
+		kmod/dkms.conf 'kmod/packaging/*')
 	return "$status"
 }
 
@@ -115,6 +116,7 @@ lint_kernel() {
 	check "kernel-doc" silent perl \
 		build/kernels/6.12/usr/lib/linux-kbuild-*/scripts/kernel-doc \
 		-none -Werror "${sources[@]/#kmod\/Kbuild/kmod\/umem.h}"
+	check "coccinelle" scripts/check-cocci.sh
 }
 
 lint_more_kernels() {
@@ -124,7 +126,16 @@ lint_more_kernels() {
 	done
 }
 
-for part in "${@:-python shell kernel}"; do
+lint_packaging() {
+	local line
+	for line in 6.1 6.12; do
+		check "dkms build for $line" scripts/check-packaging.sh dkms "$line"
+	done
+	check "udev rules" scripts/check-packaging.sh rules
+	check "modinfo" scripts/check-packaging.sh modinfo
+}
+
+for part in "${@:-python shell kernel packaging}"; do
 	for one in $part; do
 		"lint_${one//-/_}"
 	done

@@ -1,8 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# setup-checkpatch.sh: checkpatch.pl and what it reads, out of Debian's kernel
-# source package, to build/checkpatch/.  No smaller package has it.
+# setup-checkpatch.sh: checkpatch.pl and what it reads, and the semantic patches
+# for coccinelle, out of Debian's kernel source package, to build/checkpatch/.  No
+# smaller package has them.
 
 . "$(dirname "$0")/lib.sh"
 
@@ -22,9 +23,11 @@ dpkg-deb --fsys-tarfile "$(deb_of linux-source-6.12)" 2>/dev/null |
 	tar -xO ./usr/src/linux-source-6.12.tar.xz 2>/dev/null |
 	tar -xJ -C "$BUILD/checkpatch" --strip-components=2 --occurrence=1 \
 		linux-source-6.12/scripts/checkpatch.pl \
+		linux-source-6.12/scripts/coccinelle \
 		linux-source-6.12/scripts/spelling.txt \
 		linux-source-6.12/scripts/const_structs.checkpatch
 set -o pipefail
 [ -s "$BUILD/checkpatch/checkpatch.pl" ] || die "no checkpatch.pl in linux-source-6.12"
+[ -d "$BUILD/checkpatch/coccinelle" ] || die "no scripts/coccinelle in linux-source-6.12"
 drop_debs linux-source-6.12
 touch "$STAMPS/checkpatch"
