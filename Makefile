@@ -19,6 +19,10 @@ MEM ?= 4G
 CPUS ?= 2
 NAME ?= vm
 CMD ?=
+# Of the long runs; without SEED each takes another one, and prints it.
+SECONDS ?= 600
+SEED ?=
+
 ACCEL ?= kvm
 FLAGS ?=
 GUEST_MEM ?= 256M
@@ -117,6 +121,18 @@ test-harness: $(STAMPS)/vm-image module-6.1 ## tests of the test VM itself
 .PHONY: test-driver
 test-driver: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of the driver, in the VM (KERNEL=)
 	@$(RUN_TESTS) driver
+
+LONG_RUN = $(PY) -m tests.vm run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $@ \
+	--timeout $$(($(SECONDS) + 900)) --env UMEM_$(1)_SECONDS=$(SECONDS) \
+	$(if $(SEED),--env UMEM_$(1)_SEED=$(SEED)) -- python -m pytest -v -s $(2)
+
+.PHONY: fuzz-driver
+fuzz-driver: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## random calls of the driver, in the VM (SECONDS= SEED= KERNEL=)
+	@$(call LONG_RUN,FUZZ,tests/driver/test_fuzz.py)
+
+.PHONY: stress-driver
+stress-driver: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## everything at once on an area, in the VM (SECONDS= SEED= KERNEL=)
+	@$(call LONG_RUN,STRESS,tests/driver/test_stress.py::test_everything_at_once)
 
 .PHONY: test-migration
 test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole migrations, in the VM (KERNEL=)
