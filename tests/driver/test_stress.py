@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Many things at once: threads on random pages, lanes that overlap, and everything that races.
 
-UMEM_STRESS_SECONDS and UMEM_STRESS_SEED make the last test longer, or like one that failed.
+UMEM_STRESS_SECONDS and UMEM_STRESS_SEED make the last test longer, or like one that failed; that
+is what `make stress-driver SECONDS=600 SEED=...` sets.
 """
 
 from __future__ import annotations
@@ -143,4 +144,7 @@ def test_everything_at_once() -> None:
     print(counts)
     assert counts["bad"] == 0
     assert counts["rounds"] > SECONDS // (4 * SLOW)
-    assert all(counts[key] > 0 for key in ("ops", "requests", "reattached", "killed")), counts
+    often = ["ops", "requests", "reattached", "killed", "plain", "locked", "poisoned"]
+    # A mutex is not often held by somebody who is killed, nor a page hit before it is served.
+    rarely = ["orphans", "poison_hits"] if SECONDS >= 120 else []
+    assert all(counts[key] > 0 for key in often + rarely), counts

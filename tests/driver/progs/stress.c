@@ -7,11 +7,18 @@
  * check pages, count in them, map and unmap pieces, move them, drop and discard
  * pages, fork; some are killed in the middle.  Lanes, threads of this process,
  * serve it: one answers requests, the others fill ahead of time, and they mark
- * ranges that overlap.  Now and then all lanes are replaced by re-attaching.
+ * ranges that overlap, some of them straight into page tables.  Now and then all lanes
+ * are replaced by re-attaching.  A complete area is made plain, under everybody's feet.
+ *
+ * As in the kernel's uffd-stress each page holds a mutex and a counter, so that all of
+ * what a mutex needs, atomic operations and futexes, meets pages that are missing.
+ *
+ * In some rounds some pages are poisoned first, and served after all.
  *
  * What is checked: a page never reads as anything but its content, or zero where it
- * was discarded; every increment is there at the end; nobody gets a signal that it
- * should not; everybody ends; every area goes away.
+ * was discarded; every increment is there at the end; nobody is in a mutex that
+ * somebody else holds; nobody gets a signal that it should not; everybody ends; every
+ * area goes away.
  *
  * The same seed gives the same choices, not the same interleaving.
  */
@@ -20,6 +27,8 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -42,14 +51,24 @@
 #define NR_THREADS 3
 #define NR_LANES 3
 #define COUNTER 7	/* the word of a page in which consumers count */
+#define MUTEX 16	/* the first word of a mutex */
+#define LOCKED 26	/* the word that it protects, */
+#define LOCKED2 27	/* and another, which is always equal */
+
+_Static_assert(sizeof(pthread_mutex_t) <= (LOCKED - MUTEX) * 8, "a mutex has its room");
 
 /* What consumers and the server share. */
 struct shared {
 	volatile int stop;
 	unsigned long bad;
 	unsigned long ops;
+	unsigned long locked;		/* times that a mutex was taken */
+	unsigned long orphans;		/* of which its holder had been killed */
+	unsigned long poison_hits;
 	/* Increments that were made, by page; counted before they are made. */
 	unsigned long counted[MAX_PAGES];
+	/* And under its mutex. */
+	unsigned long in_mutex[MAX_PAGES];
 };
 
 static struct shared *shared;
@@ -64,6 +83,7 @@ static struct {
 	int server_fd;
 	int keep;			/* keeps it alive without server and consumers */
 	uint64_t *backing;
+	bool poison;			/* some pages are poisoned before they are served */
 	uint8_t state[MAX_PAGES];	/* FREE, CLAIMED, MARKED */
 	pthread_mutex_t claim;
 	volatile int lanes_stop;
@@ -71,7 +91,8 @@ static struct {
 
 enum { FREE, CLAIMED, MARKED };
 
-static unsigned long nr_rounds, nr_killed, nr_reattached, nr_requests;
+static unsigned long nr_rounds, nr_killed, nr_reattached, nr_requests, nr_plain, nr_poisoned;
+static pthread_mutex_t new_mutex;	/* as it is in a page that was just filled */
 
 static void die(const char *what)
 {
@@ -97,6 +118,18 @@ static unsigned int roll(unsigned int *state, unsigned int sides)
 	return rand_r(state) % sides;
 }
 
+/* Words that change. */
+static bool is_state(unsigned long word)
+{
+	return word == COUNTER || (word >= MUTEX && word <= LOCKED2);
+}
+
+/* Pages of which a consumer may be told that they are lost. */
+static bool may_be_poisoned(unsigned long page)
+{
+	return area.poison && page % 16 == 5;
+}
+
 /* ---- lanes: threads of the server ---- */
 
 static void fill(unsigned long page)
@@ -104,13 +137,18 @@ static void fill(unsigned long page)
 	uint64_t *words = area.backing + page * WORDS;
 
 	for (unsigned long n = 0; n < WORDS; n++)
-		words[n] = n == COUNTER ? 0 : content(page);
+		words[n] = is_state(n) ? 0 : content(page);
+	memcpy(words + MUTEX, &new_mutex, sizeof(new_mutex));
 }
 
 static bool mark(unsigned long start, unsigned long count)
 {
 	struct umem_page_range range = { start, count };
-	struct umem_mark_cached arg = { .ranges = (uintptr_t)&range, .nr = 1 };
+	struct umem_mark_cached arg = {
+		.ranges = (uintptr_t)&range,
+		.nr = 1,
+		.flags = start % 2 ? UMEM_MARK_TOUCH : 0,
+	};
 
 	if (!ioctl(area.server_fd, UMEM_MARK_PAGE_CACHED, &arg)) {
 		for (unsigned long page = start; page < start + count; page++)
@@ -153,11 +191,26 @@ static bool serve_range(unsigned long start, unsigned long count)
 	return true;
 }
 
+/* Returns false when this server was fenced. */
+static bool poison(unsigned long page)
+{
+	struct umem_page_range range = { page, 1 };
+	struct umem_mark_cached arg = { .ranges = (uintptr_t)&range, .nr = 1 };
+
+	if (ioctl(area.server_fd, UMEM_MARK_PAGE_POISONED, &arg)) {
+		if (errno != ENODEV)
+			die("poison");
+		return false;
+	}
+	__atomic_add_fetch(&nr_poisoned, arg.nr_new, __ATOMIC_RELAXED);
+	return true;
+}
+
 static void *request_lane(void *arg)
 {
+	unsigned int state = (uintptr_t)arg;
 	struct umem_page_request requests[16];
 
-	(void)arg;
 	while (!area.lanes_stop) {
 		struct umem_page_requests get = { .requests = (uintptr_t)requests, .nr = 16 };
 		struct pollfd poller = { area.server_fd, POLLIN, 0 };
@@ -175,7 +228,9 @@ static void *request_lane(void *arg)
 		for (unsigned int n = 0; n < get.nr; n++)
 			if (requests[n].pgoff >= area.npages)
 				complain("request past the end", requests[n].pgoff, 0);
-			else if (!serve_range(requests[n].pgoff, 1))
+			else if (may_be_poisoned(requests[n].pgoff) && roll(&state, 2) ?
+				 !poison(requests[n].pgoff) :
+				 !serve_range(requests[n].pgoff, 1))
 				return NULL;
 	}
 	return NULL;
@@ -191,6 +246,13 @@ static void *background_lane(void *arg)
 
 		if (!serve_range(start, 1 + roll(&state, most < 40 ? most : 40)))
 			return NULL;
+		/* As soon as it is complete, and again: somebody may have mapped it since. */
+		if (!ioctl(area.server_fd, UMEM_MAKE_VMA_ANONYMOUS))
+			__atomic_add_fetch(&nr_plain, 1, __ATOMIC_RELAXED);
+		else if (errno == ENODEV)
+			return NULL;
+		else if (errno != EBUSY && errno != EAGAIN)
+			die("make plain");
 		usleep(roll(&state, 3000));
 	}
 	return NULL;
@@ -255,12 +317,17 @@ static void reattach(unsigned int *state)
 
 static uint64_t *consumer_base;
 static int consumer_fd;
+static __thread sigjmp_buf escape;
+static __thread volatile long may_hit = -1;	/* the page that may be poisoned */
 
 static void on_fault(int sig, siginfo_t *info, void *context)
 {
+	long page = ((uint64_t *)info->si_addr - consumer_base) / (long)WORDS;
+
 	(void)context;
-	complain(sig == SIGBUS ? "SIGBUS" : "SIGSEGV",
-		 ((uint64_t *)info->si_addr - consumer_base) / (long)WORDS, 0);
+	if (sig == SIGBUS && info->si_code == BUS_MCEERR_AR && may_hit >= 0)
+		siglongjmp(escape, 1);
+	complain(sig == SIGBUS ? "SIGBUS" : "SIGSEGV", page, info->si_code);
 	_exit(3);
 }
 
@@ -269,9 +336,21 @@ static void check_page(uint64_t *words, unsigned long page, unsigned int *state)
 	unsigned long n = roll(state, WORDS);
 	uint64_t got;
 
-	if (n == COUNTER)
+	while (is_state(n))
 		n++;
+	if (may_be_poisoned(page)) {
+		/* Few are enough: the kernel reports each. */
+		if (roll(state, 16))
+			return;
+		if (sigsetjmp(escape, 1)) {
+			may_hit = -1;
+			__atomic_add_fetch(&shared->poison_hits, 1, __ATOMIC_RELAXED);
+			return;
+		}
+		may_hit = page;
+	}
 	got = *(volatile uint64_t *)&words[n];
+	may_hit = -1;
 	if (got != content(page) && !(got == 0 && page >= area.discards_from))
 		complain("content", page, got);
 }
@@ -348,6 +427,37 @@ static void with_a_mapping(unsigned int *state)
 	munmap(map + n * WORDS, (count - n) * PAGE);
 }
 
+/*
+ * Count under the mutex of a page.  Who was killed while he held it leaves it to the next
+ * one, perhaps between the two words.
+ */
+static void with_a_mutex(unsigned long page)
+{
+	uint64_t *words = consumer_base + page * WORDS;
+	pthread_mutex_t *mutex = (pthread_mutex_t *)(words + MUTEX);
+	int ret;
+
+	ret = pthread_mutex_lock(mutex);
+	if (ret == EOWNERDEAD) {
+		__atomic_add_fetch(&shared->orphans, 1, __ATOMIC_RELAXED);
+		words[LOCKED2] = words[LOCKED];
+		pthread_mutex_consistent(mutex);
+	} else if (ret) {
+		complain("mutex", page, ret);
+		return;
+	}
+	if (words[LOCKED] != words[LOCKED2])
+		complain("two in one mutex", page, words[LOCKED2]);
+	/* Plain additions: two at a time lose one. */
+	*(volatile uint64_t *)&words[LOCKED] = words[LOCKED] + 1;
+	if (page % 4 == 0)
+		sched_yield();
+	*(volatile uint64_t *)&words[LOCKED2] = words[LOCKED2] + 1;
+	__atomic_add_fetch(&shared->in_mutex[page], 1, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&shared->locked, 1, __ATOMIC_RELAXED);
+	pthread_mutex_unlock(mutex);
+}
+
 static void *consumer_thread(void *arg)
 {
 	unsigned int state = (uintptr_t)arg;
@@ -380,7 +490,8 @@ static void *consumer_thread(void *arg)
 			/* The kernel reads the page. */
 			if (pipe(ends))
 				die("pipe");
-			if (write(ends[1], words, PAGE) != (ssize_t)PAGE)
+			if (write(ends[1], words, PAGE) != (ssize_t)PAGE &&
+			    !(may_be_poisoned(page) && errno == EFAULT))
 				complain("write(2)", page, errno);
 			close(ends[0]);
 			close(ends[1]);
@@ -388,8 +499,17 @@ static void *consumer_thread(void *arg)
 		}
 		case 5:
 		case 6:
+			if (may_be_poisoned(page))
+				break;
 			__atomic_add_fetch(&shared->counted[page], 1, __ATOMIC_SEQ_CST);
 			__atomic_add_fetch(&words[COUNTER], 1, __ATOMIC_SEQ_CST);
+			break;
+		case 7:
+		case 8:
+		case 9:
+			/* A mutex that was discarded is none any more. */
+			if (!may_be_poisoned(page) && page < area.discards_from)
+				with_a_mutex(page);
 			break;
 		default:
 			check_page(words, page, &state);
@@ -434,6 +554,7 @@ static void create(unsigned int *state)
 	/* Often so small that it is complete at once, under everybody's feet. */
 	area.npages = roll(state, 3) ? 1 + roll(state, 40) : 200 + roll(state, MAX_PAGES - 200);
 	area.discards_from = roll(state, 2) ? area.npages - area.npages / 4 : area.npages;
+	area.poison = roll(state, 2);
 	arg.size = area.npages * PAGE;
 	snprintf(arg.name, sizeof(arg.name), "stress.%d.%lu", getpid(), nr_rounds);
 	if (ioctl(control, UMEM_DEV_CREATE_UMEM, &arg))
@@ -452,6 +573,7 @@ static void create(unsigned int *state)
 		die("fcntl");
 	memset(area.state, FREE, sizeof(area.state));
 	memset(shared->counted, 0, sizeof(shared->counted));
+	memset(shared->in_mutex, 0, sizeof(shared->in_mutex));
 	shared->stop = 0;
 }
 
@@ -499,6 +621,10 @@ static void round_of_stress(unsigned int *state)
 		if (area.state[page] == MARKED && page < area.discards_from &&
 		    got != shared->counted[page])
 			complain("increments", page, got);
+		got = area.backing[page * WORDS + LOCKED];
+		if (area.state[page] == MARKED && page < area.discards_from &&
+		    got != shared->in_mutex[page])
+			complain("increments under the mutex", page, got);
 	}
 	munmap(area.backing, area.npages * PAGE);
 	close(area.server_fd);
@@ -524,6 +650,7 @@ static void expect_none(void)
 
 int main(int argc, char **argv)
 {
+	pthread_mutexattr_t attributes;
 	unsigned int state;
 	time_t end;
 
@@ -532,7 +659,12 @@ int main(int argc, char **argv)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	end = time(NULL) + atoi(argv[1]);
 	state = strtoul(argv[2], NULL, 0);
+	printf("seed=%s\n", argv[2]);
 	pthread_mutex_init(&area.claim, NULL);
+	pthread_mutexattr_init(&attributes);
+	pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+	pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+	pthread_mutex_init(&new_mutex, &attributes);
 	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
 		      -1, 0);
 	control = open("/dev/umem", O_RDWR | O_CLOEXEC);
@@ -541,7 +673,9 @@ int main(int argc, char **argv)
 	while (time(NULL) < end)
 		round_of_stress(&state);
 	expect_none();
-	printf("rounds=%lu ops=%lu requests=%lu reattached=%lu killed=%lu bad=%lu\n", nr_rounds,
-	       shared->ops, nr_requests, nr_reattached, nr_killed, shared->bad);
+	printf("rounds=%lu ops=%lu requests=%lu reattached=%lu killed=%lu plain=%lu poisoned=%lu "
+	       "poison_hits=%lu locked=%lu orphans=%lu bad=%lu\n", nr_rounds, shared->ops,
+	       nr_requests, nr_reattached, nr_killed, nr_plain, nr_poisoned, shared->poison_hits,
+	       shared->locked, shared->orphans, shared->bad);
 	return shared->bad != 0;
 }
