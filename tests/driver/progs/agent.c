@@ -76,6 +76,9 @@ static const struct {
 	{ "mlock", SYS_mlock },
 	{ "msync", SYS_msync },
 	{ "kill", SYS_kill },
+	{ "vmsplice", SYS_vmsplice },
+	{ "ptrace", SYS_ptrace },
+	{ "mincore", SYS_mincore },
 };
 
 static void on_fault(int sig)
