@@ -113,9 +113,10 @@ int umem_mark(struct umem_area *area, unsigned long start, unsigned long count,
 			return ret;
 	}
 
+	/* Before those who wait leave their own trace. */
+	trace_umem_mark(area, start, count, fresh);
 	/* The full barrier is that of umem_set_bits(). */
 	umem_wake(area, start, count);
-	trace_umem_mark(area, start, count, fresh);
 	*nr_new += fresh;
 	if (fresh && atomic_long_add_return(fresh, &area->nr_cached) ==
 		     area->ngranules)
