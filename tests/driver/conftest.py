@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -122,3 +123,15 @@ def ram_disk() -> Iterator[Path]:
 def area(new_area: Callable[[int], Area]) -> Area:
     """An area of 64 pages, all of them missing."""
     return new_area(64)
+
+
+@pytest.fixture
+def mount() -> Iterator[Path]:
+    """Where the driver's file system is mounted; other users get there too."""
+    point = Path(tempfile.mkdtemp(dir="/run"))
+    point.chmod(0o755)
+    subprocess.run(["mount", "-t", "umem", "none", point], check=True)
+    yield point
+    # Agents that still have a file of it open are killed after this.
+    subprocess.run(["umount", "--lazy", point], check=True)
+    point.rmdir()

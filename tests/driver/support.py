@@ -349,6 +349,17 @@ class Agent:
                 return int(line.split()[1])
         raise AssertionError("no voluntary_ctxt_switches")
 
+    def smaps(self, base: int, key: str) -> list[str]:
+        """Words of a line of /proc/PID/smaps, of the mapping at this address."""
+        found = False
+        for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
+            head, *words = line.split()
+            if "-" in head:
+                found = int(head.split("-")[0], 16) == base
+            elif found and head == f"{key}:":
+                return words
+        raise AssertionError("no such mapping")
+
     # --- its end ---
 
     def kill(self, signum: int = signal.SIGKILL) -> None:

@@ -7,8 +7,7 @@ import errno
 import os
 import stat
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,18 +28,6 @@ from .support import (
 )
 
 PUNCH, KEEP = 2, 1
-
-
-@pytest.fixture
-def mount() -> Iterator[Path]:
-    """Where the file system is mounted; other users get there too."""
-    point = Path(tempfile.mkdtemp(dir="/run"))
-    point.chmod(0o755)
-    subprocess.run(["mount", "-t", "umem", "none", point], check=True)
-    yield point
-    # Agents that still have a file of it open are killed after this.
-    subprocess.run(["umount", "--lazy", point], check=True)
-    point.rmdir()
 
 
 @pytest.fixture

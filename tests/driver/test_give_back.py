@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,15 +33,6 @@ TAKEN = 32 * MIB
 PATIENCE = 150.0
 RUN = 8
 """Pages that are marked at a time: one by one the boot would take minutes under emulation."""
-
-
-@pytest.fixture
-def mount() -> Iterator[Path]:
-    point = Path(tempfile.mkdtemp(dir="/run"))
-    subprocess.run(["mount", "-t", "umem", "none", point], check=True)
-    yield point
-    subprocess.run(["umount", "--lazy", point], check=True)
-    point.rmdir()
 
 
 @dataclass

@@ -63,14 +63,7 @@ def map_aligned(agent: Agent, area: Area, fd: int) -> int:
 
 def shmem_huge(agent: Agent, base: int) -> int:
     """KiB that the agent has mapped by huge pages of shared memory at this address."""
-    found = False
-    for line in Path(f"/proc/{agent.pid}/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head:
-            found = int(head.split("-")[0], 16) == base
-        elif found and head == "ShmemPmdMapped:":
-            return int(line.split()[1])
-    raise AssertionError("no such mapping")
+    return int(agent.smaps(base, "ShmemPmdMapped")[0])
 
 
 def collapse(agent: Agent, address: int) -> int:

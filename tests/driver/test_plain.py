@@ -27,15 +27,8 @@ from .support import (
 
 
 def flags(agent: Agent, base: int) -> set[str]:
-    """VmFlags of the mapping at this address, as /proc/PID/smaps has them."""
-    found = False
-    for line in Path(f"/proc/{agent.pid}/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head:
-            found = int(head.split("-")[0], 16) == base
-        elif found and head == "VmFlags:":
-            return set(line.split()[1:])
-    raise AssertionError("no such mapping")
+    """VmFlags of the mapping at this address."""
+    return set(agent.smaps(base, "VmFlags"))
 
 
 @pytest.fixture
