@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * complete.c - complete ROUNDS MIB: an area all of whose pages are there against
+ * complete.c - complete ROUNDS MIB FIRST: an area all of whose pages are there against
  * plain shared memory of the same size
  *
  * Three mappings in one process: a memfd; a complete area for which the driver
@@ -8,6 +8,9 @@
  * each of them is touched page by page twice over, in order: with no page mapped (minor
  * faults), and with all of them mapped, all of it, many times.  The order of the
  * mappings changes from round to round, and medians are printed.
+ *
+ * Which physical pages a mapping got matters more than what it is a mapping of:
+ * FIRST says which of the three is made first, and run.py has each be the first.
  */
 #include <linux/umem.h>
 #include <stdio.h>
@@ -39,6 +42,14 @@ static void *complete_area(unsigned long npages, int make_plain)
 	return map;
 }
 
+static void *complete_memfd(unsigned long npages)
+{
+	void *map = map_shared(plain_file(npages), npages);
+
+	memset(map, 0x5a, npages * PAGE);
+	return map;
+}
+
 static uint64_t touch(volatile uint64_t *map, unsigned long npages)
 {
 	uint64_t start = now_ns(), sum = 0;
@@ -67,14 +78,14 @@ void measure_complete(int argc, char **argv)
 	void *maps[KINDS];
 	int i, kind;
 
-	if (argc != 2)
+	if (argc != 3)
 		exit(2);
 	rounds = strtoul(argv[0], NULL, 0);
 	npages = strtoul(argv[1], NULL, 0) * MIB / PAGE;
-	maps[0] = map_shared(plain_file(npages), npages);
-	memset(maps[0], 0x5a, npages * PAGE);
-	maps[1] = complete_area(npages, 0);
-	maps[2] = complete_area(npages, 1);
+	for (i = 0; i < KINDS; i++) {
+		kind = (strtoul(argv[2], NULL, 0) + i) % KINDS;
+		maps[kind] = kind ? complete_area(npages, kind == 2) : complete_memfd(npages);
+	}
 	for (i = 0; i < KINDS; i++) {
 		first[i] = calloc(rounds, sizeof(*first[i]));
 		steady[i] = calloc(rounds, sizeof(*steady[i]));

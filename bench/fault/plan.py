@@ -19,7 +19,10 @@ FILL_MIB = 32
 SIZES_MIB = (256, 1024, 16384, 65536)
 SIZERS = ("umem", "continue", "plain")
 SIZE_THREADS = 4
-COMPLETE_ROUNDS = 101
+COMPLETE_ROUNDS = 33
+# Each of the three mappings is made first in as many processes.
+COMPLETE_KINDS = 3
+COMPLETE_PROCESSES = 3 * COMPLETE_KINDS
 COMPLETE_MIB = 32
 # GiB of an area, and how many areas.
 MEMORY = ((1, 32), (16, 8))
@@ -55,7 +58,8 @@ def commands(rounds: int) -> Iterator[Command]:
                     yield _command("faults", who, SIZE_THREADS, FAULTS, mib, spread)
     for gib, nr in MEMORY:
         yield _command("memory", gib, nr)
-    yield _command("complete", COMPLETE_ROUNDS, COMPLETE_MIB)
+    for process in range(COMPLETE_PROCESSES):
+        yield _command("complete", COMPLETE_ROUNDS, COMPLETE_MIB, process % COMPLETE_KINDS)
 
 
 def script(program: str, rounds: int) -> str:

@@ -115,8 +115,8 @@ def _complete(results: Results) -> Table:
     for kind in ("memfd", "before", "after"):
         cells = []
         for key in ("first_ns", "steady_ns"):
-            value, memfd = results.complete(kind, key), results.complete("memfd", key)
-            cells.append(f"{value:.2f} ({value / memfd:.3f})")
+            values, memfd = results.complete(kind, key), results.complete("memfd", key)
+            cells.append(f"{middle(values):.2f} ({ratio(values, memfd):.3f})")
         table.add_row(kind, *cells)
     table.caption = "before and after UMEM_MAKE_VMA_ANONYMOUS"
     return table

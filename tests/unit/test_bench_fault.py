@@ -76,7 +76,26 @@ def test_an_area_size_that_costs_is_missed() -> None:
             sample["us_per_fault"] *= 1.2
 
     missed = [one.what for one in wanted(run(slow)) if not one.met]
-    assert missed == ["fault, slowest area size / 256 MiB"]
+    assert missed == ["fault, slowest / fastest area size"]
+
+
+def test_a_disturbed_first_size_does_not_hide_behind_itself() -> None:
+    def slow(sample: Sample) -> None:
+        if sample.get("contender") == "umem" and sample.get("mib") == 256:
+            sample["us_per_fault"] *= 2
+
+    assert "fault, slowest / fastest area size" in [
+        one.what for one in wanted(run(slow)) if not one.met
+    ]
+
+
+def test_a_complete_area_may_not_be_faster_than_memory() -> None:
+    def fast(sample: Sample) -> None:
+        if sample["what"] == "complete":
+            sample["after"] = {**sample["after"], "steady_ns": 3.7}
+
+    missed = [one.what for one in wanted(run(fast)) if not one.met]
+    assert missed == ["complete, mapped, after: off memfd"]
 
 
 def test_a_disturbed_round_counts_for_both_sides() -> None:
