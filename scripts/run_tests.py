@@ -114,7 +114,7 @@ def plan(
     """Return what is to be run, in its order."""
     if only is not None:
         if only.startswith(IN_VM):
-            return [vm_part("one", kernels[0], machine, [only, "-v"])]
+            return [vm_part("one", kernel, machine, [only, "-v"]) for kernel in kernels]
         return [host_part("unit", [only, "-v"])]
     planned: list[Part] = []
     for part in parts:
