@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 FILESYSTEM = "umem"
 
 
-def mounts() -> dict[int, Path]:
-    """Return where the file system is mounted, by st_dev."""
+def mounts() -> dict[Path, int]:
+    """Return where the file system is mounted, with the st_dev of its files."""
     found = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         # proc(5): ID PARENT MAJOR:MINOR ROOT MOUNT-POINT OPTIONS [TAGS...] - TYPE SOURCE OPTIONS
@@ -31,13 +31,13 @@ def mounts() -> dict[int, Path]:
             major, minor = map(int, device.split(":"))
             # Blanks and the like are octal escapes.
             raw = point.encode().decode("unicode_escape").encode("latin-1")
-            found[os.makedev(major, minor)] = Path(os.fsdecode(raw))
+            found[Path(os.fsdecode(raw))] = os.makedev(major, minor)
     return found
 
 
 def is_area_file(status: os.stat_result) -> bool:
     """Tell whether that is a file of the file system."""
-    return status.st_dev in mounts()
+    return status.st_dev in mounts().values()
 
 
 class AreaDirectory:
@@ -46,13 +46,12 @@ class AreaDirectory:
     def __init__(self) -> None:
         """Mount nothing yet."""
         self._point = runtime.runtime_dir() / "areas"
-        self._ours = False
         self.path: Path | None = None
 
     def __enter__(self) -> AreaDirectory:
-        """Mount it, unless it is there already."""
+        """Mount it, unless a daemon that was killed has left it there."""
         self._point.mkdir(mode=0o755, exist_ok=True)
-        if self._point not in mounts().values():
+        if self._point not in mounts():
             argv = ["mount", "-t", FILESYSTEM, FILESYSTEM, str(self._point)]
             try:
                 done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -65,12 +64,11 @@ class AreaDirectory:
                     *(problem, " ".join(argv)),
                 )
                 return self
-            self._ours = True
         self.path = self._point
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Unmount what was mounted here.  Who has a file of it open keeps that."""
-        if self._ours:
+        """Unmount it.  Who has a file of it open keeps that."""
+        if self.path is not None:
             subprocess.run(["umount", "-l", str(self._point)], capture_output=True, check=False)
         self.path = None

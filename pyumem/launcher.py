@@ -197,7 +197,8 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
     """Wait until the VM has arrived, or QEMU has ended.
 
     Without `umemctl serve` there will be no VM: QEMU would wait for ever, and is ended.  Returns
-    why, empty if it was not, also when QEMU ended by itself and serve only saw that first.
+    why, empty if it was not, also when a signal of somebody else ended QEMU and serve only saw that
+    first.
     """
     pidfd = os.pidfd_open(process.pid)
     try:
@@ -222,7 +223,8 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
     except subprocess.TimeoutExpired:
         process.kill()  # it sleeps in the fault of a page that nobody brings
         ours.add(-signal.SIGKILL)
-    return reason if process.wait() in ours else ""
+    status = process.wait()
+    return "" if status < 0 and status not in ours else reason
 
 
 def _run_qemu(argv: Sequence[str], signals: Signals, keep: int, serve: ControlClient | None) -> int:

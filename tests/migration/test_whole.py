@@ -29,7 +29,8 @@ def check_after(world: World, migrate_said: dict[str, object], pages: int) -> No
     history = world.serve_status()["history"]
     assert history[-1]["state"] == "completed"
     (area,) = world.areas()
-    assert area.complete and not area.served and area.mapped
+    # Plain shared memory by now: the driver does not answer for QEMU's mapping any more.
+    assert area.complete and not area.served and not area.mapped
 
 
 @pytest.mark.parametrize(
