@@ -78,8 +78,11 @@ def main() -> None:
         with open(ram, "r+b") as file:  # noqa: PTH123
             mapped = mmap.mmap(file.fileno(), 0)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
+        # Its name appears when somebody may connect, not before.
+        hidden = path.with_suffix(".new")
+        listener.bind(str(hidden))
         listener.listen()
+        hidden.rename(path)
         time.sleep(behaviour.get("mute_s", 0))
         while True:
             sock, _ = listener.accept()
