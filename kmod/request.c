@@ -92,17 +92,11 @@ void umem_request(struct umem_area *area, unsigned long index, bool async)
 
 	/*
 	 * Whoever finds requests left over when it leaves wakes the next
-	 * reader, so only the step from none to one is told.  Who is about to
-	 * sleep gives its CPU away: the server need not be started on another.
+	 * reader, so only the step from none to one is told.
 	 */
-	if (!first)
-		return;
-	if (async)
+	if (first)
 		wake_up_interruptible_poll(&area->server_wq,
 					   EPOLLIN | EPOLLRDNORM);
-	else
-		wake_up_interruptible_sync_poll(&area->server_wq,
-						EPOLLIN | EPOLLRDNORM);
 }
 
 /**
