@@ -413,7 +413,7 @@ static bool umem_granule_is_valid(const struct umem_create *wish)
 	u32 size = wish->granule_size;
 
 	if (!size)
-		return true;
+		return !(wish->flags & UMEM_CREATE_HUGE);
 	if (!is_power_of_2(size) || size < PAGE_SIZE || size > UMEM_GRANULE_MAX)
 		return false;
 	/* One granule, one huge page. */
@@ -462,8 +462,6 @@ struct umem_area *umem_area_create(const struct umem_create *wish)
 		return ERR_PTR(-EINVAL);
 	if (wish->flags & UMEM_CREATE_HUGE && !umem_huge_mnt)
 		return ERR_PTR(-EOPNOTSUPP);
-	if (wish->flags & UMEM_CREATE_HUGE && !wish->granule_size)
-		return ERR_PTR(-EINVAL);
 
 	area = kzalloc(sizeof(*area), GFP_KERNEL_ACCOUNT);
 	if (!area)

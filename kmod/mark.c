@@ -17,9 +17,6 @@
 #include "trace.h"
 #include "umem.h"
 
-/* Words of a bitmap that are handled before others get the CPU. */
-#define UMEM_WORDS_PER_TURN	1024
-
 /* Returns how many were missing before. */
 static unsigned long umem_set_bits(unsigned long *bitmap, unsigned long start,
 				   unsigned long count)

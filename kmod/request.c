@@ -36,9 +36,6 @@
 /* A kernel thread takes no signal: it looks this often whether to give up. */
 #define UMEM_KTHREAD_SLICE	(HZ / 10)
 
-/* Words of a bitmap that are handled before others get the CPU. */
-#define UMEM_WORDS_PER_TURN	1024
-
 /**
  * umem_requests_init() - make an area ready for waiters and servers
  * @area: it, zeroed but for what was allocated

@@ -30,9 +30,6 @@
 /* Ranges of a mark that need no memory of their own; on the stack too. */
 #define UMEM_FEW	8
 
-/* Words of a bitmap that are copied before others get the CPU. */
-#define UMEM_WORDS_PER_TURN	1024
-
 /**
  * struct umem_server - one server of an area
  * @area: the area, with a reference

@@ -58,6 +58,9 @@
  */
 #define UMEM_RING	512U
 
+/* Words of a bitmap that are handled before others get the CPU. */
+#define UMEM_WORDS_PER_TURN	1024
+
 /* Inode numbers of area files are the areas' ids plus this. */
 #define UMEM_FIRST_INO	2
 
