@@ -3,7 +3,7 @@
 
     umem-qemu qemu-system-x86_64 -m 1G ...                                    RAM on a file of its
     own
-    umem-qemu qemu-system-x86_64 -m 1G ... -postcopy -incoming tcp:0:4444     RAM on /dev/umemN, of
+    umem-qemu qemu-system-x86_64 -m 1G ... -postcopy -incoming tcp:0:4444     RAM on an area of
     `umemctl serve`
 
 It stays as QEMU's parent, with QEMU's exit status, since somebody has to remove the RAM file when
