@@ -78,6 +78,7 @@ class World:
         self.tmp = tmp
         self.stack = stack
         self._count = 0
+        self._consoles: dict[str, GuestConsole] = {}
         source.extra_env["UMEM_RAM_DIR"] = "/dev/shm/umem-src"
         self.destination_uri = f"tcp:{destination.address}:{PORT}"
 
@@ -89,6 +90,17 @@ class World:
         program = Program(process, log)
         self.stack.callback(program.end)
         return program
+
+    def _console(self, serial: Path) -> GuestConsole:
+        console = self._consoles[serial.name] = GuestConsole(serial)
+        return self.stack.enter_context(console)
+
+    def tell_all(self) -> None:
+        """Print what every program and every guest said: of a guest that died, its last words."""
+        for log in sorted(self.tmp.glob("*.log")):
+            print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+        for name, console in self._consoles.items():
+            print(f"--- {name}", *console.other_lines[-100:], sep="\n")
 
     # --- the three programs of a migration ---
 
@@ -105,7 +117,7 @@ class World:
         program = self.start(
             self.source, LAUNCHER, os.environ[qemu], "-name", name, *spec.qemu_args(serial)
         )
-        console = self.stack.enter_context(GuestConsole(serial))
+        console = self._console(serial)
         console.wait("ready", timeout=4 * PATIENCE)  # tcg within tcg
         return program, console
 
@@ -130,7 +142,7 @@ class World:
             return self.vm(name).get("state") == "waiting"
 
         eventually(waiting, why=f"{name} does not wait: {program.said()}")
-        return program, self.stack.enter_context(GuestConsole(serial))
+        return program, self._console(serial)
 
     def guest_refused(self, spec: GuestSpec, name: str = "vm1") -> str:
         """Try to start a guest that umem-qemu has to refuse; return what it says."""
@@ -182,11 +194,11 @@ class World:
 def world(tmp: Path, link: Link | None = None) -> Iterator[World]:
     """Both hosts, with nothing running."""
     with two_hosts(link) as (source, destination), contextlib.ExitStack() as stack:
+        both = World(source, destination, tmp, stack)
         try:
-            yield World(source, destination, tmp, stack)
+            yield both
         except BaseException:
-            for log in sorted(tmp.glob("*.log")):
-                print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+            both.tell_all()
             raise
 
 
