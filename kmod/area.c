@@ -235,6 +235,7 @@ static void umem_area_free(struct umem_area *area)
 	kvfree(area->discarded);
 	kvfree(area->requested);
 	kvfree(area->cached);
+	umem_payer_put(area->payer);
 	free_percpu(area->counts);
 	kfree(area);
 }
@@ -490,7 +491,8 @@ struct umem_area *umem_area_create(const struct umem_create *wish)
 				GFP_KERNEL_ACCOUNT);
 	area->requested = kvcalloc(BITS_TO_LONGS(area->ngranules), sizeof(long),
 				   GFP_KERNEL_ACCOUNT);
-	if (!area->counts || !area->cached || !area->requested)
+	area->payer = umem_payer_new();
+	if (!area->counts || !area->cached || !area->requested || !area->payer)
 		goto free;
 
 	area->backing = umem_area_new_backing(area);
@@ -674,7 +676,7 @@ static void umem_unmount(void)
  *
  * Return: 0 or a negative error code.
  */
-int umem_areas_init(void)
+int __init umem_areas_init(void)
 {
 	int ret;
 
@@ -686,6 +688,10 @@ int umem_areas_init(void)
 	umem_huge_mnt = umem_mount("huge=always");
 	if (IS_ERR(umem_huge_mnt))
 		umem_huge_mnt = NULL;
+
+	ret = umem_charge_init(umem_mnt);
+	if (ret)
+		goto unmount;
 
 	ret = class_register(&umem_class);
 	if (ret)

@@ -184,7 +184,7 @@ static long umem_ioctl_init(struct file *file, struct umem_init __user *argp)
 	if (!server)
 		goto put_face;
 
-	ret = umem_fds_add(&fds, umem_area_open_backing(area));
+	ret = umem_fds_add(&fds, umem_charge_open(area));
 	if (ret < 0)
 		goto free_server;
 	arg.shmem_fd = ret;
@@ -249,7 +249,7 @@ static int umem_open_server(struct umem_area *area, struct umem_fds *fds,
 		return ret;
 	*server_fd = ret;
 
-	ret = umem_fds_add(fds, umem_area_open_backing(area));
+	ret = umem_fds_add(fds, umem_charge_open(area));
 	if (ret < 0)
 		return ret;
 	*shmem_fd = ret;

@@ -64,6 +64,7 @@
 /* Inode numbers of area files are the areas' ids plus this. */
 #define UMEM_FIRST_INO	2
 
+struct umem_payer;
 struct umem_server;
 
 /**
@@ -112,6 +113,7 @@ struct umem_counts {
  * @file_gid: group of its file
  * @file_mode: permissions of its file
  * @backing: the shmem file with the content, as shmem opened it
+ * @payer: whose memory cgroup is charged for what the server writes
  * @shmem_vm_ops: what shmem gave to a VMA; the real work is theirs
  * @dev: the node's device, NULL for an area of UMEM_INIT
  * @nr_maps: VMAs alive that have our operations
@@ -159,6 +161,7 @@ struct umem_area {
 	kgid_t file_gid;
 	umode_t file_mode;
 	struct file *backing;
+	struct umem_payer *payer;
 	const struct vm_operations_struct *shmem_vm_ops;
 	struct device *dev;
 	atomic_t nr_maps;
@@ -238,6 +241,13 @@ u32 umem_area_list(u32 first_id, struct umem_info *infos, u32 nr, u32 *total);
 int umem_area_add_node(struct umem_area *area);
 int umem_areas_init(void);
 void umem_areas_exit(void);
+
+/* charge.c */
+struct umem_payer *umem_payer_new(void);
+void umem_payer_put(struct umem_payer *payer);
+void umem_payer_is_current(struct umem_payer *payer);
+struct file *umem_charge_open(struct umem_area *area);
+int umem_charge_init(struct vfsmount *mnt);
 
 /* fault.c */
 bool umem_vma_is_ours(struct vm_area_struct *vma, struct umem_area *area);
