@@ -120,6 +120,7 @@ def arrival_report(urgent: Totals, background: Totals) -> dict[str, Any]:
         "pages_background": background.pages,
         "pages_zero": both.zero_pages,
         "requests": urgent.requests,
+        "memory_waits": both.memory_waits,
         "demand_latency_p50_us": both.percentile_us(0.50),
         "demand_latency_p99_us": both.percentile_us(0.99),
         "demand_latency_max_us": both.max_us,

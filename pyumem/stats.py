@@ -32,6 +32,7 @@ class Counter(IntEnum):
     REQUESTS_STALE = 4  # asked for when they were on their way already
     MARKED = 5  # granules that were missing before the mark
     LATENCY_MAX_NS = 6
+    MEMORY_WAITS = 8  # times that a write found no memory and waited for some
 
 
 _NR_COUNTERS: Final = 16  # room for more without a new layout
@@ -68,6 +69,7 @@ class Totals:
     requests: int = 0
     requests_stale: int = 0
     marked: int = 0
+    memory_waits: int = 0
     latency_max_ns: int = 0
     buckets: list[int] = field(default_factory=lambda: [0] * NR_BUCKETS)
 
@@ -81,6 +83,7 @@ class Totals:
             self.requests + other.requests,
             self.requests_stale + other.requests_stale,
             self.marked + other.marked,
+            self.memory_waits + other.memory_waits,
             max(self.latency_max_ns, other.latency_max_ns),
             [a + b for a, b in zip(self.buckets, other.buckets, strict=True)],
         )
@@ -150,6 +153,7 @@ class StatsBlock:
             requests=words[Counter.REQUESTS],
             requests_stale=words[Counter.REQUESTS_STALE],
             marked=words[Counter.MARKED],
+            memory_waits=words[Counter.MEMORY_WAITS],
             latency_max_ns=words[Counter.LATENCY_MAX_NS],
             buckets=words[_NR_COUNTERS:],
         )

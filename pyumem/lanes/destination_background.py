@@ -47,8 +47,6 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     stats = StatsBlock.attach(fds[1])
     areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
     slots = Slots([area.npages for area in areas])
-    for area in areas:
-        area.view(0, 1).release()
     link = Link(sock, message["peer"], stats)
     channel.send({"event": "ready"})
     if not channel.wait_go():

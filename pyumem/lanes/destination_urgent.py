@@ -5,8 +5,8 @@ as user space goes.
     guest touches a missing page -> the driver queues a request and the vCPU sleeps
     -> poll() says so, requests() reads a batch                                          (_ask)
     -> one REQUEST frame to the source
-    -> a PAGES frame comes back; its payload is received straight into the backing file
-    (Filler.take)
+    -> a PAGES frame comes back; its payload is received into a buffer and written to the
+    backing file (Filler.take)
     -> mark(): the driver sets the cached bit and wakes the vCPU
 
 One thread, one poll.  Requests never wait for room in the socket while pages could be received:
@@ -130,7 +130,6 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     slots = Slots([area.npages for area in areas])
     for area in areas:
         area.set_blocking(False)
-        area.view(0, 1).release()  # map it now, not at the first request
     channel.send({"event": "ready"})
     lane = UrgentLane(
         channel,

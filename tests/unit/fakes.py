@@ -8,6 +8,7 @@ file.  It holds the server to the driver's one rule: what was marked is never wr
 from __future__ import annotations
 
 import array
+import errno
 import gc
 import mmap
 import os
@@ -15,6 +16,8 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from pyumem.errors import DriverError
 
 PAGE = mmap.PAGESIZE
 DISCARDED = 2
@@ -34,8 +37,8 @@ class FakeArea:
         os.ftruncate(self.shmem_fd, npages * PAGE)
         self.map = mmap.mmap(self.shmem_fd, npages * PAGE)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
-        self._view = memoryview(self.map)
         self.cached = bytearray(npages)
+        self.no_memory = 0  # so many writes fail for want of it
         self.marks: list[tuple[int, int]] = []
         self.touched: list[tuple[int, int]] = []
         self._pending: list[tuple[int, int]] = []
@@ -78,10 +81,14 @@ class FakeArea:
     def fileno(self) -> int:
         return self._event
 
-    def view(self, pgoff: int, count: int) -> memoryview:
-        assert pgoff >= 0 and count >= 1 and pgoff + count <= self.npages
+    def write(self, pgoff: int, data: memoryview) -> None:
+        count, rest = divmod(len(data), PAGE)
+        assert pgoff >= 0 and count >= 1 and not rest and pgoff + count <= self.npages
         assert not any(self.cached[pgoff : pgoff + count]), "a cached page would be overwritten"
-        return self._view[pgoff * PAGE : (pgoff + count) * PAGE]
+        if self.no_memory:
+            self.no_memory -= 1
+            raise DriverError("write", errno.ENOMEM, area=self.name, pages=(pgoff, count))
+        assert os.pwrite(self.shmem_fd, data, pgoff * PAGE) == len(data)
 
     def requests(self) -> memoryview:
         with self._lock:
@@ -105,7 +112,6 @@ class FakeArea:
         return new
 
     def close(self) -> None:
-        self._view.release()
         self.map.close()
         os.close(self.shmem_fd)
         os.close(self._event)

@@ -51,6 +51,29 @@ def test_views_reach_the_backing_file(created: uapi.Created) -> None:
     assert not is_open(created.shmem_fd)
 
 
+def test_writes_reach_the_backing_file(created: uapi.Created) -> None:
+    data = memoryview(bytes([7]) * 2 * PAGE_SIZE)
+    with Area(created, "vm.ram0") as area:
+        area.write(NPAGES - 2, data)
+        assert os.pread(created.shmem_fd, len(data), (NPAGES - 2) * PAGE_SIZE) == data
+        for pgoff, part in ((-1, data), (NPAGES - 1, data), (0, data[:0])):
+            with pytest.raises(ValueError, match=r"vm\.ram0"):
+                area.write(pgoff, part)
+
+
+def test_a_write_without_memory_says_where(
+    created: uapi.Created, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with Area(created, "vm.ram0") as area:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(DriverError, match=r"vm\.ram0: write, pages 1\.\.2: ") as caught:
+            area.write(1, memoryview(bytes(2 * PAGE_SIZE)))
+        assert caught.value.errno == errno.ENOMEM
+
+
 def test_close_twice_is_harmless(created: uapi.Created) -> None:
     area = Area(created, "a")
     area.close()

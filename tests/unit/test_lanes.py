@@ -25,6 +25,7 @@ from pyumem.errors import DriverError, LinkError, ProtocolError, UmemError
 from pyumem.lanes import (
     destination_background,
     destination_urgent,
+    fill,
     source_background,
     source_urgent,
 )
@@ -359,6 +360,24 @@ def test_requests_overtake_the_background(shm: Path) -> None:
     assert sum(area.cached[last + 1 : last + 65]) > 0
     other.close()
     middle_one.close()
+    world.close()
+
+
+def test_no_memory_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both lanes: the guest stands still, and lives."""
+    monkeypatch.setattr(fill, "_NO_MEMORY_S", 0.01)
+    world.fill(0, range(200))
+    world.areas[0].no_memory = 3
+    urgent, _ = world.start_urgent()
+    background, _ = world.start_background()
+    urgent.go()
+    world.areas[0].touch(4)
+    world.areas[0].wait_cached(4)
+    world.areas[0].no_memory = 4
+    background.go()
+    world.areas[0].wait_complete()
+    assert world.total("du").memory_waits == 3
+    assert world.total("db").memory_waits == 4
     world.close()
 
 
