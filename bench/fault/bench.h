@@ -34,7 +34,7 @@ struct contender {
 };
 
 extern const struct contender uffd_copy, uffd_bare, uffd_continue;
-extern const struct contender umem, umem_touch, umem_pwrite;
+extern const struct contender umem, umem_touch, umem_place, umem_huge;
 extern const struct contender plain;
 
 const struct contender *contender(const char *name);

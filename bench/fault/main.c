@@ -10,7 +10,8 @@
 #include "bench.h"
 
 static const struct contender *const contenders[] = {
-	&uffd_copy, &uffd_bare, &uffd_continue, &umem, &umem_touch, &umem_pwrite, &plain,
+	&uffd_copy, &uffd_bare, &uffd_continue,
+	&umem, &umem_touch, &umem_place, &umem_huge, &plain,
 };
 
 static const struct {

@@ -7,14 +7,15 @@ is slower for a while is slower for all of them.
 
 from collections.abc import Iterator, Sequence
 
-FAULTERS = ("copy", "copy-bare", "continue", "umem")
-FILLERS = (
-    *("copy", "copy-bare", "continue", "umem", "umem-touch", "umem-pwrite", "plain", "warm"),
-)
+FAULTERS = ("copy", "copy-bare", "continue", "umem", "umem-place")
+FILLERS = (*("copy", "copy-bare", "continue", "umem", "umem-touch", "umem-place", "plain", "warm"),)
+# It has nothing smaller than a run of 2 MiB.
+HUGE_FILLER = "umem-huge"
+HUGE_KIB = 2048
 THREADS = (1, 4, 16, 64)
 FAULTS = 2048
 FAULT_MIB = FAULTS * 4 // 1024
-RUNS_KIB = (4, 64, 256, 2048)
+RUNS_KIB = (4, 64, 256, HUGE_KIB)
 FILL_MIB = 32
 SIZES_MIB = (256, 1024, 16384, 65536)
 SIZERS = ("umem", "continue", "plain")
@@ -48,8 +49,9 @@ def commands(rounds: int) -> Iterator[Command]:
             if threads == 1:
                 yield _command("pingpong", FAULTS)
     for run_kib in RUNS_KIB:
+        who_fills = (*FILLERS, HUGE_FILLER) if run_kib == HUGE_KIB else FILLERS
         for round_no in range(rounds):
-            for who in _turns(FILLERS, round_no):
+            for who in _turns(who_fills, round_no):
                 yield _command("fill", who, run_kib, FILL_MIB)
     for spread in ("blocks", "all"):
         for round_no in range(rounds):

@@ -123,14 +123,17 @@ def _faults(results: Results) -> list[Wanted]:
 
 
 def _fill(results: Results) -> list[Wanted]:
-    ours = results.fill("umem", 2048)
     return [
         Wanted(
-            f"fill, runs of 2 MiB / {name}",
-            ratio(ours, results.fill(who, 2048)),
+            f"fill, runs of 2 MiB{where} / {name}",
+            ratio(ours, results.fill(who, plan.HUGE_KIB)),
             limit,
             False,
-            best_rate(ours, results.fill(who, 2048)),
+            best_rate(ours, results.fill(who, plan.HUGE_KIB)),
+        )
+        for where, ours in (
+            ("", results.fill("umem", plan.HUGE_KIB)),
+            (", huge area", results.fill(plan.HUGE_FILLER, plan.HUGE_KIB)),
         )
         for name, who, limit in (
             ("COPY", "copy", 2.0),

@@ -30,15 +30,15 @@ def _size(mib: int) -> str:
 def _faults(results: Results) -> Table:
     table = _table(
         "Microseconds per fault (median of rounds), ratios of umem",
-        *("threads", "COPY", "bare COPY", "CONTINUE", "umem"),
+        *("threads", "COPY", "bare COPY", "CONTINUE", "umem", "in place"),
         *("/ COPY", "/ bare", "/ CONTINUE", "/ ping-pong"),
     )
     pingpong = results.pingpong()
     for threads in plan.THREADS:
-        copy, bare, cont, ours = (results.fault(who, threads) for who in plan.FAULTERS)
+        copy, bare, cont, ours, place = (results.fault(who, threads) for who in plan.FAULTERS)
         table.add_row(
             str(threads),
-            *(_spread(values) for values in (copy, bare, cont, ours)),
+            *(_spread(values) for values in (copy, bare, cont, ours, place)),
             f"{ratio(ours, copy):.2f}",
             f"{ratio(ours, bare):.2f}",
             f"{ratio(ours, cont):.2f}",
@@ -46,7 +46,8 @@ def _faults(results: Results) -> Table:
         )
     table.caption = (
         f"ping-pong over two pipes: {_spread(pingpong)} us.  Each page arrives by a memcpy; bare "
-        "COPY takes it from where it lies."
+        "COPY takes it from where it lies; umem takes it into a buffer and writes the file, in "
+        "place into a mapping."
     )
     return table
 
@@ -54,22 +55,27 @@ def _faults(results: Results) -> Table:
 def _fill(results: Results) -> Table:
     table = _table(
         "Filling ahead, thousand pages per second, ratios of umem",
-        *("run", "COPY", "bare COPY", "CONTINUE", "umem", "+ TOUCH", "pwrite", "memcpy", "warm"),
-        *("/ COPY", "/ bare", "/ memcpy"),
+        *("run", "COPY", "bare COPY", "CONTINUE", "umem", "+ TOUCH", "in place", "memcpy", "warm"),
+        *("huge", "/ COPY", "/ bare", "/ memcpy"),
     )
     for run_kib in plan.RUNS_KIB:
         ours = results.fill("umem", run_kib)
         table.add_row(
             f"{run_kib} KiB",
             *(f"{middle(results.fill(who, run_kib)) / 1000:.1f}" for who in plan.FILLERS),
+            f"{middle(results.fill(plan.HUGE_FILLER, run_kib)) / 1000:.1f}"
+            if run_kib == plan.HUGE_KIB
+            else "",
             *(
                 f"{ratio(ours, results.fill(who, run_kib)):.2f}"
                 for who in ("copy", "copy-bare", "plain")
             ),
         )
     table.caption = (
-        "memcpy: into new shared memory, warm: into what is there.  COPY, CONTINUE and TOUCH map "
-        "the pages for the consumer; the others leave that to its touch."
+        "memcpy: into new shared memory, warm: into what is there, huge: an area whose granule "
+        "and pages are 2 MiB.  umem takes the run into a buffer and writes it, in place into a "
+        "mapping.  COPY, CONTINUE and TOUCH map the pages for the consumer; the others leave that "
+        "to its touch."
     )
     return table
 

@@ -8,19 +8,25 @@
 #include <fcntl.h>
 #include <linux/umem.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "bench.h"
 
 static struct umem_ends ends;
-static unsigned char *backing;
+static unsigned char *backing, *buffer;
 
-struct umem_ends umem_create_area(unsigned long npages)
+static struct umem_ends create_area(unsigned long npages, unsigned int flags)
 {
 	static unsigned int nr;
-	struct umem_create create = { .size = npages * PAGE };
+	struct umem_create create = {
+		.size		= npages * PAGE,
+		.granule_size	= flags & UMEM_CREATE_HUGE ? HUGE : 0,
+		.flags		= flags,
+	};
 	int fd = open("/dev/umem", O_RDWR | O_CLOEXEC);
 
 	snprintf(create.name, sizeof(create.name), "bench.%d.%u", getpid(), nr++);
@@ -32,6 +38,11 @@ struct umem_ends umem_create_area(unsigned long npages)
 		.shmem_fd	= create.shmem_fd,
 		.id		= create.id,
 	};
+}
+
+struct umem_ends umem_create_area(unsigned long npages)
+{
+	return create_area(npages, 0);
 }
 
 void *umem_map_node(const struct umem_ends *of, unsigned long npages)
@@ -61,11 +72,31 @@ void umem_mark_run(int server_fd, unsigned long pgoff, unsigned long count, unsi
 static volatile uint64_t *umem_open(unsigned long npages)
 {
 	ends = umem_create_area(npages);
+	buffer = aligned_alloc(HUGE, HUGE);
+	if (!buffer)
+		die("buffer");
+	memset(buffer, 0, HUGE);
 	backing = map_shared(ends.shmem_fd, npages);
 	return umem_map_node(&ends, npages);
 }
 
-static void umem_serve(void)
+static volatile uint64_t *huge_open(unsigned long npages)
+{
+	ends = create_area(npages, UMEM_CREATE_HUGE);
+	/* shmem aligns a mapping of a huge file so that its pages can be mapped whole. */
+	backing = map_shared(ends.shmem_fd, npages);
+	return umem_map_node(&ends, npages);
+}
+
+/* What arrives goes through a buffer that stays in the processor's cache. */
+static void write_run(unsigned long pgoff, const void *from, ssize_t len)
+{
+	memcpy(buffer, from, len);
+	if (pwrite(ends.shmem_fd, buffer, len, pgoff * PAGE) != len)
+		die("pwrite");
+}
+
+static void serve(void (*supply)(unsigned long pgoff))
 {
 	uint64_t want[BATCH];
 
@@ -75,10 +106,42 @@ static void umem_serve(void)
 		if (n < 0)
 			die("read of server_fd");
 		for (size_t i = 0; i < n / sizeof(*want); i++)
-			memcpy(backing + want[i] * PAGE, source_of(want[i]), PAGE);
+			supply(want[i]);
 		if (write(ends.server_fd, want, n) != n)
 			die("write to server_fd");
 	}
+}
+
+static void write_page(unsigned long pgoff)
+{
+	write_run(pgoff, source_of(pgoff), PAGE);
+}
+
+static void place_page(unsigned long pgoff)
+{
+	memcpy(backing + pgoff * PAGE, source_of(pgoff), PAGE);
+}
+
+static void write_serve(void)
+{
+	serve(write_page);
+}
+
+static void place_serve(void)
+{
+	serve(place_page);
+}
+
+static void write_fill(unsigned long pgoff, unsigned long count)
+{
+	write_run(pgoff, source(), count * PAGE);
+	umem_mark_run(ends.server_fd, pgoff, count, 0);
+}
+
+static void touch_fill(unsigned long pgoff, unsigned long count)
+{
+	write_run(pgoff, source(), count * PAGE);
+	umem_mark_run(ends.server_fd, pgoff, count, UMEM_MARK_TOUCH);
 }
 
 static void place_fill(unsigned long pgoff, unsigned long count)
@@ -87,25 +150,25 @@ static void place_fill(unsigned long pgoff, unsigned long count)
 	umem_mark_run(ends.server_fd, pgoff, count, 0);
 }
 
-static void touch_fill(unsigned long pgoff, unsigned long count)
-{
-	memcpy(backing + pgoff * PAGE, source(), count * PAGE);
-	umem_mark_run(ends.server_fd, pgoff, count, UMEM_MARK_TOUCH);
-}
-
-static void pwrite_fill(unsigned long pgoff, unsigned long count)
-{
-	ssize_t len = count * PAGE;
-
-	if (pwrite(ends.shmem_fd, source(), len, pgoff * PAGE) != len)
-		die("pwrite");
-	umem_mark_run(ends.server_fd, pgoff, count, 0);
-}
-
 const struct contender umem = {
 	.name	= "umem",
 	.open	= umem_open,
-	.serve	= umem_serve,
+	.serve	= write_serve,
+	.fill	= write_fill,
+};
+
+/* Received into a mapping of the backing file: no second copy, but a trap a page. */
+const struct contender umem_place = {
+	.name	= "umem-place",
+	.open	= umem_open,
+	.serve	= place_serve,
+	.fill	= place_fill,
+};
+
+/* Granule and backing of 2 MiB: runs of less are not marked. */
+const struct contender umem_huge = {
+	.name	= "umem-huge",
+	.open	= huge_open,
 	.fill	= place_fill,
 };
 
@@ -114,11 +177,4 @@ const struct contender umem_touch = {
 	.name	= "umem-touch",
 	.open	= umem_open,
 	.fill	= touch_fill,
-};
-
-/* Content that is in memory already, rather than on its way from a socket. */
-const struct contender umem_pwrite = {
-	.name	= "umem-pwrite",
-	.open	= umem_open,
-	.fill	= pwrite_fill,
 };

@@ -12,8 +12,9 @@ from bench.fault.results import Results, Sample, as_json, ratio, wanted
 from bench.fault.tables import tables
 
 ROUNDS = 3
-SPEED = {"copy": 10.0, "copy-bare": 9.0, "continue": 8.0, "umem": 4.0, "plain": 1.0}
-RATE = {"umem": 30e3, "copy": 10e3, "copy-bare": 12e3}
+SPEED = {"copy": 10.0, "copy-bare": 9.0, "continue": 8.0, "umem": 4.0}
+SPEED |= {"umem-place": 5.0, "plain": 1.0}
+RATE = {"umem": 30e3, "umem-huge": 40e3, "copy": 10e3, "copy-bare": 12e3}
 
 
 def sample(command: plan.Command) -> Sample:
@@ -103,7 +104,8 @@ def test_a_disturbed_round_counts_for_both_sides() -> None:
 
 
 def test_contenders_take_turns() -> None:
-    firsts = [command[1] for command in plan.commands(4) if command[0] == "faults"][::4][:4]
+    nr = len(plan.FAULTERS)
+    firsts = [command[1] for command in plan.commands(nr) if command[0] == "faults"][::nr][:nr]
     assert firsts == list(plan.FAULTERS)
 
 
