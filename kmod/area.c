@@ -695,7 +695,7 @@ int __init umem_areas_init(void)
 
 	ret = class_register(&umem_class);
 	if (ret)
-		goto unmount;
+		goto exit_charge;
 
 	ret = alloc_chrdev_region(&umem_devt, 0, UMEM_MINORS, "umem");
 	if (ret)
@@ -712,6 +712,8 @@ unregister_region:
 	unregister_chrdev_region(umem_devt, UMEM_MINORS);
 unregister_class:
 	class_unregister(&umem_class);
+exit_charge:
+	umem_charge_exit();
 unmount:
 	umem_unmount();
 	return ret;
@@ -728,6 +730,7 @@ void umem_areas_exit(void)
 	cdev_del(&umem_node_cdev);
 	unregister_chrdev_region(umem_devt, UMEM_MINORS);
 	class_unregister(&umem_class);
+	umem_charge_exit();
 	umem_unmount();
 	/* A fault that dropped the last file may yet be on its way out of here. */
 	synchronize_rcu_tasks();

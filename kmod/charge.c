@@ -37,9 +37,9 @@ struct umem_payer {
 	struct mem_cgroup *memcg;
 };
 
-/* shmem's, but for those below; see umem_charge_init(). */
-static struct file_operations umem_charge_fops __ro_after_init;
-static const struct file_operations *umem_shmem_fops __ro_after_init;
+static const struct file_operations *umem_shmem_fops;
+/* A copy of shmem's with ours in it: what shmem has differs among kernels. */
+static const struct file_operations *umem_merged_fops;
 
 /**
  * umem_payer_new() - make a payer without a cgroup
@@ -109,6 +109,13 @@ static int umem_charge_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
+/* What is not here is shmem's. */
+static const struct file_operations umem_charge_fops = {
+	.owner		= THIS_MODULE,
+	.release	= umem_charge_release,
+	.write_iter	= umem_charge_write_iter,
+};
+
 /**
  * umem_charge_open() - open the backing file for a server
  * @area: the area, of which the caller holds a reference
@@ -123,15 +130,15 @@ struct file *umem_charge_open(struct umem_area *area)
 		return file;
 	/* The caller runs in an operation of ours, so the module is not going. */
 	__module_get(THIS_MODULE);
-	replace_fops(file, &umem_charge_fops);
+	replace_fops(file, umem_merged_fops);
 	kref_get(&area->payer->ref);
 	file->private_data = area->payer;
 	return file;
 }
 
 /**
- * umem_charge_init() - take over what shmem does with its files
- * @mnt: where to find one of them
+ * umem_charge_init() - find out what shmem does with its files
+ * @mnt: where to make one
  *
  * Return: 0 or a negative error code.
  */
@@ -139,14 +146,29 @@ int __init umem_charge_init(struct vfsmount *mnt)
 {
 	struct file *file = shmem_file_setup_with_mnt(mnt, "umem", 0,
 						      UMEM_SHMEM_NORESERVE);
+	const unsigned long *ours = (const unsigned long *)&umem_charge_fops;
+	unsigned long *merged;
+	unsigned int i;
 
 	if (IS_ERR(file))
 		return PTR_ERR(file);
+
 	umem_shmem_fops = file->f_op;
-	umem_charge_fops = *file->f_op;
-	umem_charge_fops.owner = THIS_MODULE;
-	umem_charge_fops.write_iter = umem_charge_write_iter;
-	umem_charge_fops.release = umem_charge_release;
+	merged = kmemdup(file->f_op, sizeof(umem_charge_fops), GFP_KERNEL);
 	fput(file);
+	if (!merged)
+		return -ENOMEM;
+	for (i = 0; i < sizeof(umem_charge_fops) / sizeof(*ours); i++)
+		if (ours[i])
+			merged[i] = ours[i];
+	umem_merged_fops = (const struct file_operations *)merged;
 	return 0;
+}
+
+/**
+ * umem_charge_exit() - undo umem_charge_init()
+ */
+void umem_charge_exit(void)
+{
+	kfree(umem_merged_fops);
 }

@@ -248,6 +248,7 @@ void umem_payer_put(struct umem_payer *payer);
 void umem_payer_is_current(struct umem_payer *payer);
 struct file *umem_charge_open(struct umem_area *area);
 int umem_charge_init(struct vfsmount *mnt);
+void umem_charge_exit(void);
 
 /* fault.c */
 bool umem_vma_is_ours(struct vm_area_struct *vma, struct umem_area *area);

@@ -95,7 +95,8 @@ struct umem_init {
  * @granule_size: in: bytes served at a time, a power of two from the host page
  *	to UMEM_GRANULE_MAX, zero for the host page; out: the size in force
  * @server_fd: out: the server's end of the area, opened O_RDWR and O_CLOEXEC
- * @shmem_fd: out: the backing file, as large as the area, O_CLOEXEC
+ * @shmem_fd: out: the backing file, as large as the area, O_CLOEXEC; what is
+ *	written to it is charged to the memory cgroup of the first consumer
  * @id: out: the N of /dev/umemN
  * @loss_timeout_ms: in: as in &struct umem_loss_policy
  * @reserved: must be zero
