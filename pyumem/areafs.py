@@ -68,7 +68,11 @@ class AreaDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Unmount it.  Who has a file of it open keeps that."""
+        """Unmount it, unless a VM has a file of it open.
+
+        Its QEMU names the file by this path, and is known by it when it leaves.  The next daemon
+        takes such a mount over.
+        """
         if self.path is not None:
-            subprocess.run(["umount", "-l", str(self._point)], capture_output=True, check=False)
+            subprocess.run(["umount", str(self._point)], capture_output=True, check=False)
         self.path = None
