@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Stock QEMU gives memory back: balloon and virtio-mem on an area's file.
+"""Stock QEMU gives memory back: balloon, free-page reporting and virtio-mem on an area's file.
 
 The guest boots on an area of which everything is missing and whose server has nothing but zeros, so
 that it needs no source.
@@ -69,10 +69,10 @@ class Machine:
 def machine(area: Area, mount: Path, tmp: Path, qemu: str, *extra: str) -> Iterator[Machine]:
     """Boot the verifying guest on the area; at the end its memory must be as it wrote it."""
     spec = GuestSpec(
-        workload="verify", mb=16, memory=f"{RAM // MIB}M,maxmem=1G,slots=2", virtio=True
+        workload="verify", mb=16, memory=f"{area.size // MIB}M,maxmem=1G,slots=2", virtio=True
     )
     serial, qmp, log = tmp / "serial", tmp / "qmp", tmp / "log"
-    ram = f"memory-backend-file,id=ram0,mem-path={mount / area.name},share=on,size={RAM}"
+    ram = f"memory-backend-file,id=ram0,mem-path={mount / area.name},share=on,size={area.size}"
     argv = [os.environ[qemu], *spec.qemu_args(serial), "-object", ram]
     argv += ["-machine", "q35,memory-backend=ram0", *extra]
     argv += ["-qmp", f"unix:{qmp},server=on,wait=off"]
@@ -113,6 +113,21 @@ def test_balloon(ram: Area, mount: Path, tmp_path: Path, qemu: str) -> None:
         assert os.fstat(ram.shmem_fd).st_blocks * 512 <= RAM - TAKEN
         vm.ask("balloon", value=RAM)
         vm.wait(RAM, "query-balloon", "actual")
+
+
+@pytest.mark.one_kernel
+def test_free_page_reporting(mount: Path, tmp_path: Path) -> None:
+    """The guest tells of free memory by itself, in blocks of 2 MiB and while it has 64 MiB more."""
+    device = ("-device", "virtio-balloon-pci,free-page-reporting=on")
+    with (
+        Area.create("ram", 512 * MIB) as ram,
+        machine(ram, mount, tmp_path, "UMEM_QEMU", *device),
+    ):
+        wait_until(
+            lambda: ram.stats().nr_discarded > 128 * MIB // PAGE,
+            "free memory that was missing is reported, and stays unfetched",
+            PATIENCE,
+        )
 
 
 @pytest.mark.one_kernel

@@ -226,6 +226,7 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
         f"PATH={ROOT}/tests/vm/bin:/bin:/sbin:/usr/bin:/usr/sbin",
         "net.ifnames=0",
         f"module_blacklist={_NOT_NEEDED}",
+        "numa=fake=2",
     ):
         argv += ["--kopt", option]
     if config.command is None:

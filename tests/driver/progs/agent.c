@@ -74,6 +74,7 @@ static const struct {
 	{ "getuid", SYS_getuid },
 	{ "setuid", SYS_setuid },
 	{ "mlock", SYS_mlock },
+	{ "mbind", SYS_mbind },
 	{ "msync", SYS_msync },
 	{ "kill", SYS_kill },
 	{ "vmsplice", SYS_vmsplice },
