@@ -85,6 +85,8 @@ class Report:
     page_size_bytes: int = 0
     pages_total: int = 0
     pages_demand: int = 0
+    pages_prefetched: int = 0
+    """Of pages_demand and pages_zero: neighbours that the guest had not touched."""
     pages_background: int = 0
     pages_zero: int = 0
     requests: int = 0

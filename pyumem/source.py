@@ -49,6 +49,7 @@ from pyumem.errors import (
 from pyumem.greeting import AsyncLink, introduce, software
 from pyumem.hello import NONCE_SIZE, AreaSpec, Hello, Lane, valid_name
 from pyumem.lanes.link import tune
+from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
 from pyumem.qemu import SOURCE_CAPABILITIES, UNLIMITED_BANDWIDTH, Qemu, RamBlock
 from pyumem.ram import PAGE_SIZE
 from pyumem.report import Progress, Report, State, take_arrival, totals_of
@@ -88,6 +89,8 @@ class Plan:
     background: bool = True
     """False: pages only on request (`-n`), until set_background() says otherwise."""
     background_lanes: int = 1
+    prefetch: Prefetch = NO_PREFETCH
+    """Neighbours of requested pages that are sent unasked."""
 
 
 class Migration:
@@ -359,6 +362,7 @@ class Migration:
             "peer": link.peer,
             "index": index,
             "areas": [{"id": block.id, "size_bytes": block.size} for block in self._ram],
+            "prefetch": self._plan.prefetch.to_json(),
         }
         with contextlib.closing(link.detach()) as sock:
             tune(sock, urgent=lane is Lane.URGENT, background=lane is Lane.BACKGROUND)
@@ -691,6 +695,7 @@ class Migration:
         report.state = self.state
         report.total_s = round(time.monotonic() - self._started, 3)
         report.pages_demand = progress.pages_demand
+        report.pages_prefetched = self._totals(Lane.URGENT).prefetched
         report.pages_background = progress.pages_background
         report.pages_zero = progress.pages_zero
         report.device_state_bytes = self._device_bytes

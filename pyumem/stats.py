@@ -32,6 +32,7 @@ class Counter(IntEnum):
     REQUESTS_STALE = 4  # asked for when they were on their way already
     MARKED = 5  # granules that were missing before the mark
     LATENCY_MAX_NS = 6
+    PREFETCHED = 9  # pages on the urgent lane that nobody had asked for, zero ones among them
     MEMORY_WAITS = 8  # times that a write found no memory and waited for some
 
 
@@ -70,6 +71,7 @@ class Totals:
     requests_stale: int = 0
     marked: int = 0
     memory_waits: int = 0
+    prefetched: int = 0
     latency_max_ns: int = 0
     buckets: list[int] = field(default_factory=lambda: [0] * NR_BUCKETS)
 
@@ -84,6 +86,7 @@ class Totals:
             self.requests_stale + other.requests_stale,
             self.marked + other.marked,
             self.memory_waits + other.memory_waits,
+            self.prefetched + other.prefetched,
             max(self.latency_max_ns, other.latency_max_ns),
             [a + b for a, b in zip(self.buckets, other.buckets, strict=True)],
         )
@@ -154,6 +157,7 @@ class StatsBlock:
             requests_stale=words[Counter.REQUESTS_STALE],
             marked=words[Counter.MARKED],
             memory_waits=words[Counter.MEMORY_WAITS],
+            prefetched=words[Counter.PREFETCHED],
             latency_max_ns=words[Counter.LATENCY_MAX_NS],
             buckets=words[_NR_COUNTERS:],
         )

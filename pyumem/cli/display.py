@@ -153,6 +153,8 @@ def show_report(report: Report) -> None:
     row("time to fully resident", _number(report.time_to_resident_s, "s", 2))
     row("total time", _number(report.total_s, "s", 2))
     row("pages on demand", report.pages_demand)
+    if report.pages_prefetched:
+        row("of them and of zero pages prefetched", report.pages_prefetched)
     row("pages in background", report.pages_background)
     row("zero pages", report.pages_zero)
     latency = (

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The urgent lane at the source: answer requests, each page once, before anything else.
+"""The urgent lane at the source: answer requests, each page once, before anything else; then, while
+nobody asks, send their neighbours (pyumem.lanes.prefetch).
 
 No page is read before the parent says "go", which it does when the VM has stopped: until then its
 memory still changes.
@@ -10,16 +11,21 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pyumem import wire
 from pyumem.claims import ClaimMap, Slots
 from pyumem.errors import LinkError, ProtocolError
 from pyumem.lanes.link import Link
+from pyumem.lanes.prefetch import NO_PREFETCH, Ahead, Prefetch
 from pyumem.lanes.serve_pages import Sender
 from pyumem.ram import RamFile
 from pyumem.stats import Counter, StatsBlock
 from pyumem.worker import Channel, hurry, run
+
+_UNTAKEN: Final = 64 * 1024
+"""Bytes on their way above which neighbours wait."""
+_LOOK_MS: Final = 1
 
 
 def runs(sorted_pages: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -46,6 +52,8 @@ class UrgentLane:
         ram: Sequence[RamFile],
         claims: ClaimMap,
         stats: StatsBlock,
+        *,
+        prefetch: Prefetch = NO_PREFETCH,
     ) -> None:
         """Answer the link from these RAM blocks."""
         self._channel = channel
@@ -54,6 +62,7 @@ class UrgentLane:
         self._claims = claims
         self._stats = stats
         self._sender = Sender(link, ram, stats)
+        self._ahead = Ahead(prefetch, [block.npages for block in ram])
 
     def run(self) -> None:
         """Wait for "go", then answer until the parent says stop.
@@ -67,10 +76,29 @@ class UrgentLane:
         poll.register(lane, select.POLLIN)
         poll.register(parent, select.POLLIN)
         while True:
-            for fd, _ in poll.poll():
+            ready = poll.poll(self._patience())
+            for fd, _ in ready:
                 if fd == parent:
                     return
                 self._answer()
+            if not ready and self._ahead and not self._patience():
+                self._send_ahead()
+
+    def _patience(self) -> int | None:
+        """Milliseconds to wait for a request before a neighbour is sent; None for ever.
+
+        What was sent and not taken is ahead of the next requested page: it is kept short.
+        """
+        if not self._ahead:
+            return None
+        return _LOOK_MS if self._link.untaken() > _UNTAKEN else 0
+
+    def _send_ahead(self) -> None:
+        area, first, count = self._ahead.take()
+        base = self._claims.slots.bases[area]
+        for slot, nr in self._claims.claim_range(base + first, count):
+            self._stats.add(Counter.PREFETCHED, nr)
+            self._sender.send(area, slot - base, nr)
 
     def _answer(self) -> None:
         header = self._link.header()
@@ -106,6 +134,7 @@ class UrgentLane:
         # In the order of the faults; neighbours that were asked for together go together.
         for start, count in runs(mine):
             self._sender.send(area, start - base, count)
+            self._ahead.requested(area, start - base, count)
 
 
 def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
@@ -121,7 +150,9 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     ]
     claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
     channel.send({"event": "ready"})
-    UrgentLane(channel, Link(sock, message["peer"], stats), ram, claims, stats).run()
+    link = Link(sock, message["peer"], stats)
+    prefetch = Prefetch.from_json(message["prefetch"])
+    UrgentLane(channel, link, ram, claims, stats, prefetch=prefetch).run()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pyumem.lanes import (
 )
 from pyumem.lanes.fill import Arrivals, Filler
 from pyumem.lanes.link import Link, tune
+from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
 from pyumem.ram import RamFile
 from pyumem.shm import SharedMemory
 from pyumem.stats import StatsBlock
@@ -132,13 +133,18 @@ class World:
         self.links.append(link)
         return link
 
-    def start_urgent(self) -> tuple[Lane, Lane]:
+    def start_urgent(self, prefetch: Prefetch = NO_PREFETCH) -> tuple[Lane, Lane]:
         one, other = tcp_pair()
         source = self._link("su", one)
         destination = self._link("du", other)
         src = Lane(
             lambda channel: source_urgent.UrgentLane(
-                channel, source, self._ram(), self._claims(), self.stats["su"]
+                channel,
+                source,
+                self._ram(),
+                self._claims(),
+                self.stats["su"],
+                prefetch=prefetch,
             ).run()
         )
         dst = Lane(
@@ -227,6 +233,39 @@ def test_a_request_brings_its_page(world: World) -> None:
     with world.paths[0].open("rb") as file:
         file.seek(7 * PAGE)
         assert world.areas[0].page(7) == file.read(PAGE)
+
+
+def test_neighbours_of_a_requested_page_follow_it(world: World) -> None:
+    world.fill(0, range(150))
+    src, _ = world.start_urgent(Prefetch(forward=40, backward=3))
+    src.go()
+    area = world.areas[0]
+    area.touch(100)
+    for page in (140, 97):
+        area.wait_cached(page)
+    time.sleep(0.05)
+    assert [page for page in range(area.npages) if area.cached[page]] == list(range(97, 141))
+    assert area.marks[0] == (100, 1), "what was asked for came first"
+    assert world.total("su").prefetched == 43
+    # Nothing twice: what came is not free any more.
+    area.touch(145)
+    area.wait_cached(145)
+    marked = [page for pgoff, nr in area.marks for page in range(pgoff, pgoff + nr)]
+    assert len(marked) == len(set(marked))
+
+
+def test_a_request_overtakes_neighbours(shm: Path) -> None:
+    world = World(shm, sizes=(9000,))
+    world.fill(0, range(9000))
+    src, _ = world.start_urgent(Prefetch(forward=4096))
+    src.go()
+    area = world.areas[0]
+    area.touch(10)
+    area.wait_cached(20)
+    area.touch(8900)
+    area.wait_cached(8900)
+    assert not all(area.cached[11:4107])
+    world.close()
 
 
 def test_nothing_is_read_before_the_vm_has_stopped(world: World) -> None:
