@@ -5,7 +5,8 @@ once.
 Pages of all areas are numbered in one row ("slots"): area 0 first, then area 1, and so on.  Whoever
 turns a slot's byte from 0 to 1 under the lock has to send that page.  The map also has the cursor
 of the background transfer, which a request moves to behind the page that was asked for: what the
-guest touched last tells best what it touches next.
+guest touched last tells best what it touches next; and the pace of that transfer, which the parent
+may change at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from pyumem.shm import ProcessLock, SharedMemory
 
 _HEAD: Final = 4096
 _CURSOR: Final = struct.Struct("=Q")
+_PACE: Final = struct.Struct("=Q")
+_PACE_AT: Final = 8
 _FREE: Final = b"\0"
+UNPACED: Final = (1 << 64) - 1
+"""A pace without a limit; 0 is a pause."""
 
 
 class Slots:
@@ -57,7 +62,9 @@ class ClaimMap:
     @classmethod
     def create(cls, slots: Slots) -> ClaimMap:
         """Make a map in which every page is free."""
-        return cls(SharedMemory.create("claims", _HEAD + slots.total), slots)
+        claims = cls(SharedMemory.create("claims", _HEAD + slots.total), slots)
+        claims.pace = UNPACED
+        return claims
 
     @classmethod
     def attach(cls, fd: int, slots: Slots) -> ClaimMap:
@@ -80,6 +87,18 @@ class ClaimMap:
     @cursor.setter
     def cursor(self, slot: int) -> None:
         _CURSOR.pack_into(self.memory.map, 0, slot)
+
+    # --- the pace ---
+
+    @property
+    def pace(self) -> int:
+        """Return how fast each background lane may send, in bytes per second."""
+        (pace,) = _PACE.unpack_from(self.memory.map, _PACE_AT)
+        return int(pace)
+
+    @pace.setter
+    def pace(self, bytes_s: int) -> None:
+        _PACE.pack_into(self.memory.map, _PACE_AT, bytes_s)
 
     # --- claiming ---
 

@@ -35,7 +35,7 @@ from typing import Any, Final, TypeVar
 
 from pyumem import runtime, wire
 from pyumem.address import Address
-from pyumem.claims import ClaimMap, Slots
+from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.errors import (
     CheckError,
     InterruptedByUserError,
@@ -89,6 +89,8 @@ class Plan:
     background: bool = True
     """False: pages only on request (`-n`), until set_background() says otherwise."""
     background_lanes: int = 1
+    max_bandwidth: int | None = None
+    """Bytes per second of all background lanes together; None: as fast as they can."""
     prefetch: Prefetch = NO_PREFETCH
     """Neighbours of requested pages that are sent unasked."""
 
@@ -121,6 +123,7 @@ class Migration:
         self._link: AsyncLink | None = None
         self._lanes: dict[tuple[Lane, int], Worker] = {}
         self._background = plan.background
+        self._max_bandwidth = plan.max_bandwidth
         self._broken: asyncio.Future[None] | None = None
         self._told: dict[Kind, asyncio.Future[dict[str, Any]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -159,6 +162,7 @@ class Migration:
             "destination": str(self._plan.destination),
             "session": self._session,
             "background": self._background,
+            "max_bandwidth_bytes_s": self._max_bandwidth,
             "pid": os.getpid(),
             "error": self.report.error,
             **self.progress().to_json(),
@@ -169,18 +173,36 @@ class Migration:
         }
 
     def set_background(self, on: bool) -> None:
-        """Start the background transfer of a migration with `-n`.
+        """Switch the background transfer on or off; pages come on request either way.
 
         Raises UmemError for what cannot be.
         """
         if not on:
-            raise UmemError("the background transfer cannot be switched off yet")
-        if not self._background:
+            self._background = False
+        elif not self._background:
             if (lanes := self._background_workers()) and lanes <= self._lost:
                 raise UmemError("the connection for it was lost; pages still come on request")
             self._background = True
             if self.state.committed:
                 self._go(Lane.BACKGROUND)
+        self._set_pace()
+
+    def set_max_bandwidth(self, bytes_s: int | None) -> None:
+        """Limit the background transfer to so many bytes per second, None for no limit.  Requested
+        pages are never limited.
+        """
+        self._max_bandwidth = bytes_s
+        self._set_pace()
+
+    def _set_pace(self) -> None:
+        if self._claims is None:
+            return
+        pace = UNPACED
+        if not self._background:
+            pace = 0
+        elif self._max_bandwidth is not None:
+            pace = max(1, self._max_bandwidth // self._plan.background_lanes)
+        self._claims.pace = pace
 
     def _go(self, lane: Lane) -> None:
         """Let the workers of a lane begin.  Once: they take a second word for the end."""
@@ -316,6 +338,7 @@ class Migration:
                 raise CheckError(f"RAM block {block.id}: {block.path} is locked") from None
         qemu.identify({b.id: fd for b, fd in zip(self._ram, self._ram_fds, strict=True)})
         self._claims = ClaimMap.create(Slots([block.size // PAGE_SIZE for block in self._ram]))
+        self._set_pace()
 
     def _hello(self, lane: Lane, index: int = 0) -> Hello:
         areas = tuple(AreaSpec(block.id, block.size, PAGE_SIZE) for block in self._ram)

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from pyumem.errors import ControlError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -30,6 +33,42 @@ def token_option(function: _F) -> _F:
         help="File with the secret that both hosts share.  Default: /etc/umem/token if it is "
         "there, else no secret.",
     )(function)
+
+
+_MAX_BANDWIDTH = 1 << 50
+
+
+def _bandwidth_of(text: str) -> int | None:
+    """Return bytes per second; None for no limit.  click.BadParameter for what is neither."""
+    if text.lower() == "none":
+        return None
+    number, suffix = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if not re.fullmatch("[0-9]{1,16}", number) or suffix not in ("", *"KMG"):
+        raise click.BadParameter(f"{text!r} is no rate such as 500K, 100M, 2G or none")
+    bytes_s = int(number) << 10 * " KMG".index(suffix or " ")
+    if not 0 < bytes_s <= _MAX_BANDWIDTH:
+        raise click.BadParameter(f"{text!r} is out of range")
+    return bytes_s
+
+
+def max_bandwidth_option(function: _F) -> _F:
+    """Add --max-bandwidth."""
+    return click.option(
+        "--max-bandwidth",
+        default="none",
+        show_default=True,
+        metavar="RATE",
+        callback=lambda _ctx, _param, text: _bandwidth_of(text),
+        help="Limit of the background transfer, all lanes together, in bytes per second, with K, M "
+        "or G (powers of 1024) as in QEMU.  Requested pages are never limited.",
+    )(function)
+
+
+def bandwidth(value: object) -> int | None:
+    """Check a limit that came over a control socket.  Raises ControlError."""
+    if value is None or (type(value) is int and 0 < value <= _MAX_BANDWIDTH):
+        return value
+    raise ControlError(f"no bandwidth: {value!r}")
 
 
 def print_json(value: object) -> None:

@@ -13,7 +13,7 @@ import pyumem
 from pyumem.errors import UmemError
 
 _COMMANDS: Final = {
-    "background": "start the background transfer of a running `migrate -n`",
+    "background": "switch the background transfer of a running migration on or off, or limit it",
     "check": "check that this host can send or receive a VM",
     "list": "list the driver's areas",
     "migrate": "send a VM to another host",

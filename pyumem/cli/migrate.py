@@ -13,7 +13,14 @@ import click
 
 from pyumem import runtime
 from pyumem.address import parse
-from pyumem.cli.common import json_option, print_json, quiet_qmp, token_option
+from pyumem.cli.common import (
+    bandwidth,
+    json_option,
+    max_bandwidth_option,
+    print_json,
+    quiet_qmp,
+    token_option,
+)
 from pyumem.cli.display import make_display, show_report
 from pyumem.control import Asker, ControlServer
 from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
@@ -46,6 +53,7 @@ from pyumem.source import Migration, Plan
     show_default=True,
     help="TCP connections for pages that nobody asked for yet.",
 )
+@max_bandwidth_option
 @click.option(
     "--prefetch-forward",
     type=click.IntRange(0, MAX_PAGES),
@@ -70,6 +78,7 @@ def command(
     qmp: Path | None,
     vm: str | None,
     background_lanes: int,
+    max_bandwidth: int | None,
     prefetch_forward: int,
     prefetch_backward: int,
     token_file: Path | None,
@@ -103,6 +112,7 @@ def command(
         token=load_token(token_file),
         background=not on_demand_only,
         background_lanes=background_lanes,
+        max_bandwidth=max_bandwidth,
         prefetch=Prefetch(prefetch_forward, prefetch_backward),
     )
     status, report = asyncio.run(_migrate(plan))
@@ -162,7 +172,10 @@ async def _tell_status(migration: Migration) -> None:
             case "status":
                 return migration.to_json()
             case "background":
-                migration.set_background(bool(question.get("on")))
+                if "on" in question:
+                    migration.set_background(bool(question["on"]))
+                if "max_bandwidth_bytes_s" in question:
+                    migration.set_max_bandwidth(bandwidth(question["max_bandwidth_bytes_s"]))
                 return {}
             case unknown:
                 raise ControlError(f"unknown command {unknown!r}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from pyumem import wire
-from pyumem.claims import ClaimMap, Slots
+from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.link import Link
 from pyumem.lanes.serve_pages import RUN_PAGES, Sender
@@ -27,6 +27,7 @@ _HOLE_RANGES: Final = 256
 """Ranges that are gathered before they are sent: whoever waits for a page in them waits for that.
 """
 _LOOK_MS: Final = 20
+_PAUSED_MS: Final = 50
 
 
 class BackgroundLane:
@@ -46,6 +47,7 @@ class BackgroundLane:
         self._ram = ram
         self._claims = claims
         self._sender = Sender(link, ram, stats)
+        self._pace = UNPACED
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(link.fileno(), select.POLLIN)
@@ -114,11 +116,21 @@ class BackgroundLane:
 
     def _send_runs(self) -> bool:
         slots = self._claims.slots
-        while claimed := self._claims.claim_run(RUN_PAGES):
+        while self._keep_pace() and (claimed := self._claims.claim_run(RUN_PAGES)):
             start, count = claimed
             area = slots.area_of(start)
             self._sender.send(area, start - slots.bases[area], count)
             if self._stopped():
+                return False
+        return self._pace != 0  # an end that came in a pause leaves it at 0
+
+    def _keep_pace(self) -> bool:
+        """Sleep through a pause, and leave a limit to TCP.  False when the parent wants an end."""
+        while (pace := self._claims.pace) != self._pace or not pace:
+            self._pace = pace
+            if pace:
+                self._link.limit(pace)
+            elif self._stopped(_PAUSED_MS):
                 return False
         return True
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from pyumem import wire
-from pyumem.claims import ClaimMap, Slots
+from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.errors import DriverError, LinkError, ProtocolError, UmemError
 from pyumem.lanes import (
     destination_background,
@@ -347,6 +347,40 @@ def test_without_background_only_what_is_asked_for_comes(world: World) -> None:
     for area in world.areas:
         area.wait_complete()
     world.check()
+
+
+def test_the_background_keeps_its_pace(shm: Path) -> None:
+    world = World(shm, sizes=(4000,))
+    world.fill(0, range(4000))
+    world.claims.pace = 0
+    urgent, _ = world.start_urgent()
+    background, _ = world.start_background()
+    urgent.go()
+    background.go()
+    area = world.areas[0]
+    time.sleep(0.2)
+    assert not any(area.cached), "a pause"
+    area.touch(2000)
+    area.wait_cached(2000)
+    began = time.monotonic()
+    world.claims.pace = 8 << 20
+    time.sleep(0.7)
+    done = sum(area.cached) * PAGE / (time.monotonic() - began)
+    # Buffers go out at once: 1 MiB more than the limit is let pass.
+    assert (1 << 20) < done < (8 << 20) + 2 * (1 << 20), done
+    world.claims.pace = UNPACED
+    area.wait_complete()
+    world.check()
+    world.close()
+
+
+def test_a_paused_background_lane_ends(world: World) -> None:
+    world.fill(0, range(100))
+    world.claims.pace = 0
+    background, _ = world.start_background()
+    background.go()
+    time.sleep(0.1)
+    world.close()  # waits for the lanes
 
 
 def test_requests_overtake_the_background(shm: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyumem.address import Address
+from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.errors import CheckError, LinkError, UmemError, of_system
 from pyumem.hello import Lane
 from pyumem.qemu import SOURCE_CAPABILITIES, Qemu
@@ -34,9 +35,13 @@ ANSWERS = {
 class Scene:
     """A migration with lanes whose processes were never started."""
 
-    def __init__(self, *, background: bool) -> None:
+    def __init__(self, *, background: bool, background_lanes: int) -> None:
         self.said: list[str] = []
-        plan = Plan(Path("/qmp"), Address("h", 1), b"", background=background)
+        plan = Plan(
+            *(Path("/qmp"), Address("h", 1), b""),
+            background=background,
+            background_lanes=background_lanes,
+        )
         self.migration = Migration(plan, self.said.append)
         self.broken = asyncio.get_running_loop().create_future()
         self.migration._broken = self.broken
@@ -53,9 +58,11 @@ class Scene:
             worker.close()
 
 
-def run(work: Callable[[Scene], Awaitable[None]], *, background: bool) -> None:
+def run(
+    work: Callable[[Scene], Awaitable[None]], *, background: bool, background_lanes: int = 1
+) -> None:
     async def main() -> None:
-        scene = Scene(background=background)
+        scene = Scene(background=background, background_lanes=background_lanes)
         try:
             await work(scene)
         finally:
@@ -76,6 +83,27 @@ def test_a_background_lane_that_has_not_begun_may_be_lost() -> None:
         assert isinstance(scene.broken.exception(), LinkError)
 
     run(work, background=False)
+
+
+def test_the_background_has_a_pace() -> None:
+    async def work(scene: Scene) -> None:
+        migration = scene.migration
+        claims = migration._claims = ClaimMap.create(Slots([100]))
+        seen = []
+        changes: list[Callable[[], None]] = [
+            lambda: migration.set_max_bandwidth(8000),
+            lambda: migration.set_background(False),
+            lambda: migration.set_max_bandwidth(2),
+            lambda: migration.set_background(True),
+            lambda: migration.set_max_bandwidth(None),
+        ]
+        for change in changes:
+            change()
+            seen.append((migration.to_json()["background"], claims.pace))
+        assert seen == [(True, 2000), (False, 0), (False, 0), (True, 1), (True, UNPACED)]
+        claims.close()
+
+    run(work, background=True, background_lanes=4)
 
 
 def test_a_background_lane_that_has_sent_all_may_be_lost() -> None:
