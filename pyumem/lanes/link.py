@@ -27,7 +27,6 @@ network.
 """
 BACKGROUND_LOWAT: Final = 64 * 1024
 """Unsent bytes of a background lane above which its sender sleeps."""
-_SO_MAX_PACING_RATE: Final = 47
 _URGENT_PRIORITY: Final = 6
 """SO_PRIORITY of urgent lanes: the first band of pfifo_fast and of prio, the most that needs no
 privilege.
@@ -140,12 +139,6 @@ class Link:
         except OSError as e:
             raise LinkError(f"{self.peer}: {e.strerror}") from e
         self._stats.add(Counter.BYTES_SENT, total)
-
-    def limit(self, bytes_s: int) -> None:
-        """Have TCP send so many bytes per second at most, headers included; see socket(7) of
-        SO_MAX_PACING_RATE.
-        """
-        self.sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", bytes_s))
 
     def untaken(self) -> int:
         """Return how many bytes that were sent the peer's kernel has not acknowledged."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.link import Link
 from pyumem.lanes.serve_pages import RUN_PAGES, Sender
-from pyumem.ram import RamFile
+from pyumem.ram import PAGE_SIZE, RamFile
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
 
@@ -28,6 +29,8 @@ _HOLE_RANGES: Final = 256
 """
 _LOOK_MS: Final = 20
 _PAUSED_MS: Final = 50
+_BURST_S: Final = 0.1
+"""What a run may take of a limited rate, in seconds: runs get shorter, down to a page."""
 
 
 class BackgroundLane:
@@ -47,7 +50,8 @@ class BackgroundLane:
         self._ram = ram
         self._claims = claims
         self._sender = Sender(link, ram, stats)
-        self._pace = UNPACED
+        self._run_bytes = 0
+        self._run_at = 0.0
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(link.fileno(), select.POLLIN)
@@ -116,23 +120,34 @@ class BackgroundLane:
 
     def _send_runs(self) -> bool:
         slots = self._claims.slots
-        while self._keep_pace() and (claimed := self._claims.claim_run(RUN_PAGES)):
+        while longest := self._next_run():
+            if not (claimed := self._claims.claim_run(longest)):
+                return True
             start, count = claimed
+            self._run_bytes, self._run_at = count * PAGE_SIZE, time.monotonic()
             area = slots.area_of(start)
             self._sender.send(area, start - slots.bases[area], count)
             if self._stopped():
                 return False
-        return self._pace != 0  # an end that came in a pause leaves it at 0
+        return False
 
-    def _keep_pace(self) -> bool:
-        """Sleep through a pause, and leave a limit to TCP.  False when the parent wants an end."""
-        while (pace := self._claims.pace) != self._pace or not pace:
-            self._pace = pace
+    def _next_run(self) -> int:
+        """Sleep as long as the pace wants it; return how many pages may go then, 0 when the parent
+        wants an end.
+
+        The wait is before the claim: a page that is claimed goes at once, since the guest may ask
+        for it.  (Pacing by TCP has it wait in the socket.)
+        """
+        while True:
+            pace = self._claims.pace
+            wait_ms = _PAUSED_MS
             if pace:
-                self._link.limit(pace)
-            elif self._stopped(_PAUSED_MS):
-                return False
-        return True
+                wait_s = self._run_bytes / pace - (time.monotonic() - self._run_at)
+                if wait_s <= 0 or pace == UNPACED:
+                    return max(1, min(RUN_PAGES, int(pace * _BURST_S) // PAGE_SIZE))
+                wait_ms = min(_PAUSED_MS, int(wait_s * 1000) + 1)
+            if self._stopped(wait_ms):
+                return 0
 
     def _idle(self) -> None:
         while not self._stopped(None):

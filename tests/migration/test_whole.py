@@ -75,13 +75,15 @@ def test_a_working_guest_moves(
 
 
 def test_pages_on_demand_only(tmp_path: Path) -> None:
-    """-n: nothing comes unasked, until `umemctl background`; Ctrl-C is refused meanwhile."""
+    """-n: nothing but neighbours comes unasked, until `umemctl background`; Ctrl-C is refused
+    meanwhile.
+    """
     spec = replace(SPEC, workload="idle")
     with world(tmp_path) as w:
         serve = w.serve()
         _, _ = w.guest(spec)
         _, after = w.expect(spec)
-        migrate = w.migrate("-n", "--json")
+        migrate = w.migrate("-n", "--json", "--prefetch-forward", "4")
         migrate.wait_said("vm1 runs at")
         alive(after)
         told = eventually(lambda: w.migrate_status())
@@ -99,9 +101,15 @@ def test_pages_on_demand_only(tmp_path: Path) -> None:
         again = w.migrate()
         assert again.wait() == 1, again.said()
         alive(after)
-        done = w.source.run(["umemctl", "background", "vm1"])
+        done = w.source.run(["umemctl", "background", "vm1", "--max-bandwidth", "1"])
+        assert done.returncode == 0, done.stderr
+        told = w.migrate_status()
+        assert told["background"] and told["max_bandwidth_bytes_s"] == 1
+        done = w.source.run(["umemctl", "background", "vm1", "--max-bandwidth", "none"])
         assert done.returncode == 0, done.stderr
         assert migrate.wait(300) == 0, migrate.said()
         verdict = after.verdict(300)
         assert verdict.ok, verdict.text
-        check_after(w, report_of(migrate), PAGES)
+        told = report_of(migrate)
+        assert told["pages_prefetched"] > 0
+        check_after(w, told, PAGES)
