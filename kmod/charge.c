@@ -20,6 +20,7 @@
  */
 #include <linux/fs.h>
 #include <linux/memcontrol.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/sched/mm.h>
 #include <linux/shmem_fs.h>
@@ -109,11 +110,15 @@ static int umem_charge_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-/* What is not here is shmem's. */
+/*
+ * What is not here is shmem's.  Of all its operations get_unmapped_area alone insists
+ * on a file with shmem's table.
+ */
 static const struct file_operations umem_charge_fops = {
-	.owner		= THIS_MODULE,
-	.release	= umem_charge_release,
-	.write_iter	= umem_charge_write_iter,
+	.owner			= THIS_MODULE,
+	.release		= umem_charge_release,
+	.write_iter		= umem_charge_write_iter,
+	.get_unmapped_area	= thp_get_unmapped_area,
 };
 
 /**
