@@ -432,6 +432,9 @@ static struct file *umem_area_new_backing(struct umem_area *area)
 	file = shmem_file_setup_with_mnt(area->huge ? umem_huge_mnt : umem_mnt,
 					 name, umem_area_size(area),
 					 UMEM_SHMEM_NORESERVE);
+	/* What shmem calls no space is no memory for an inode: there is no limit. */
+	if (file == ERR_PTR(-ENOSPC))
+		return ERR_PTR(-ENOMEM);
 	if (IS_ERR(file))
 		return file;
 	inode = file_inode(file);
