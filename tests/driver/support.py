@@ -60,8 +60,15 @@ def fill(area: Area, pgoff: int, count: int = 1) -> None:
 
 
 def serve(area: Area, pgoff: int, count: int = 1) -> int:
-    """Fill and mark; return how many pages were missing."""
+    """Fill in place and mark; return how many pages were missing."""
     fill(area, pgoff, count)
+    return area.mark([(pgoff, count)])
+
+
+def write(area: Area, pgoff: int, count: int = 1) -> int:
+    """As serve(), but by the calls that `umemctl serve` makes, not in place."""
+    for page in range(pgoff, pgoff + count):
+        area.write(page, memoryview(page_bytes(page)))
     return area.mark([(pgoff, count)])
 
 

@@ -13,7 +13,7 @@ import pytest
 from pyumem import uapi
 from pyumem.area import Area
 
-from .support import LONG, PAGE, Agent, page_bytes, serve, wait_until
+from .support import LONG, PAGE, Agent, page_bytes, serve, wait_until, write
 
 NPAGES = 2048
 SIZE = NPAGES * PAGE
@@ -57,13 +57,6 @@ def new_group(tmp_path: Path) -> Iterator[Callable[[str], Group]]:
     for group in groups:
         group.remove()
     subprocess.run(["umount", root], check=True)
-
-
-def write(area: Area, pgoff: int, count: int) -> None:
-    """Write the content of pages and mark them."""
-    for page in range(pgoff, pgoff + count):
-        area.write(page, memoryview(page_bytes(page)))
-    area.mark([(pgoff, count)])
 
 
 @pytest.fixture

@@ -14,16 +14,10 @@ import pytest
 
 from pyumem.area import Area
 
-from .support import PAGE, Agent, page_bytes, serve
+from .support import PAGE, Agent, serve, write
 
 NPAGES = 64
 MPOL_BIND, MPOL_INTERLEAVE = 2, 3
-
-
-def write(area: Area, pgoff: int, count: int) -> None:
-    for page in range(pgoff, pgoff + count):
-        area.write(page, memoryview(page_bytes(page)))
-    area.mark([(pgoff, count)])
 
 
 def by_node(agent: Agent, base: int) -> dict[int, int]:
