@@ -140,7 +140,7 @@ test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole m
 
 .PHONY: test-debug-kernel
 test-debug-kernel: ## tests of the driver on a kernel with KASAN, lockdep, kmemleak and fault injection, built once
-	@$(MAKE) test-driver KERNEL=debug
+	@$(MAKE) test-driver KERNEL=debug UMEM_SLOW=5
 
 .PHONY: test-kernels
 test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driver on Debian's newest kernel, and a build on 5.10
