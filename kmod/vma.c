@@ -14,6 +14,7 @@
  */
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/oom.h>
 #include <linux/pagemap.h>
 #include <linux/rbtree.h>
 #include <linux/sched/mm.h>
@@ -153,6 +154,11 @@ static int umem_make_mm_plain(struct umem_area *area, struct mm_struct *mm)
 
 	if (mmap_write_lock_killable(mm))
 		return -EINTR;
+	/* A fork that failed leaves a tree with VMAs of the parent in it. */
+	if (check_stable_address_space(mm)) {
+		mmap_write_unlock(mm);
+		return 0;
+	}
 	for (vma = find_vma(mm, 0); vma; vma = find_vma(mm, vma->vm_end)) {
 		if (!umem_vma_is_ours(vma, area))
 			continue;
