@@ -40,7 +40,8 @@ bad_kernel := $(filter-out $(KERNELS) $(MORE_KERNELS),$(KERNEL))
 $(if $(bad_kernel),$(error KERNEL=$(bad_kernel) is not one of: $(KERNELS) $(MORE_KERNELS)))
 
 # How many times as long as elsewhere a test may take.
-export UMEM_SLOW ?= $(if $(filter debug,$(KERNEL)),5,1)
+DEBUG_SLOW := 5
+export UMEM_SLOW ?= $(if $(filter debug,$(KERNEL)),$(DEBUG_SLOW),1)
 
 .PHONY: help
 help: ## list the targets
@@ -140,7 +141,7 @@ test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole m
 
 .PHONY: test-debug-kernel
 test-debug-kernel: ## tests of the driver on a kernel with KASAN, lockdep, kmemleak and fault injection, built once
-	@$(MAKE) test-driver KERNEL=debug UMEM_SLOW=5
+	@$(MAKE) test-driver KERNEL=debug UMEM_SLOW=$(DEBUG_SLOW)
 
 .PHONY: test-kernels
 test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driver on Debian's newest kernel, and a build on 5.10

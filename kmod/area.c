@@ -733,9 +733,9 @@ void umem_areas_exit(void)
 	cdev_del(&umem_node_cdev);
 	unregister_chrdev_region(umem_devt, UMEM_MINORS);
 	class_unregister(&umem_class);
-	umem_charge_exit();
 	umem_unmount();
 	/* A fault that dropped the last file may yet be on its way out of here. */
 	synchronize_rcu_tasks();
+	umem_charge_exit();
 	WARN_ON(!xa_empty(&umem_areas));
 }

@@ -22,7 +22,6 @@
 #include <linux/memcontrol.h>
 #include <linux/mm.h>
 #include <linux/module.h>
-#include <linux/sched/mm.h>
 #include <linux/shmem_fs.h>
 #include <linux/slab.h>
 
@@ -75,10 +74,10 @@ void umem_payer_put(struct umem_payer *payer)
 }
 
 /**
- * umem_payer_is_current() - a consumer maps the area: the first one pays
+ * umem_payer_choose() - the current task maps the area: the first who does pays
  * @payer: the area's
  */
-void umem_payer_is_current(struct umem_payer *payer)
+void umem_payer_choose(struct umem_payer *payer)
 {
 	struct mem_cgroup *memcg;
 
@@ -92,15 +91,15 @@ void umem_payer_is_current(struct umem_payer *payer)
 static ssize_t umem_charge_write_iter(struct kiocb *iocb, struct iov_iter *from)
 {
 	struct umem_payer *payer = iocb->ki_filp->private_data;
-	/* Pairs with the cmpxchg() of umem_payer_is_current(). */
+	/* Pairs with the cmpxchg() of umem_payer_choose(). */
 	struct mem_cgroup *memcg = smp_load_acquire(&payer->memcg), *old;
 	ssize_t ret;
 
 	if (!memcg)
 		return umem_shmem_fops->write_iter(iocb, from);
-	old = set_active_memcg(memcg);
+	old = umem_set_active_memcg(memcg);
 	ret = umem_shmem_fops->write_iter(iocb, from);
-	set_active_memcg(old);
+	umem_set_active_memcg(old);
 	return ret;
 }
 

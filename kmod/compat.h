@@ -3,8 +3,8 @@
  * compat.h - one API over the kernels that the driver builds on
  *
  * Every condition on the kernel lives here.  Kbuild looks for what a kernel has in
- * its headers and defines UMEM_HAVE_*; the rest of the driver is written for the
- * newest kernel.
+ * its headers and among its exports and defines UMEM_HAVE_*; the rest of the driver
+ * is written for the newest kernel.
  *
  * Copyright (C) 2026 The umem authors
  */
@@ -16,6 +16,7 @@
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
+#include <linux/sched/mm.h>
 
 /* A search of mm.h found neither: faults are handled under mmap_lock alone. */
 #ifndef UMEM_HAVE_RELEASE_FAULT_LOCK
@@ -201,5 +202,18 @@ static inline struct mempolicy *umem_vm_get_policy(struct vm_area_struct *vma,
 }
 #endif
 #endif /* CONFIG_NUMA */
+
+/*
+ * Before 5.14 pages are not charged to the active cgroup, and what setting it needs
+ * is not exported.  There the server pays.
+ */
+#ifndef UMEM_HAVE_ACTIVE_MEMCG
+static inline struct mem_cgroup *umem_set_active_memcg(struct mem_cgroup *memcg)
+{
+	return NULL;
+}
+#else
+#define umem_set_active_memcg(memcg)	set_active_memcg(memcg)
+#endif
 
 #endif /* _UMEM_COMPAT_H */

@@ -371,7 +371,7 @@ int umem_face_mmap(struct file *face, struct vm_area_struct *vma, bool priv)
 	ret = vfs_mmap(area->backing, vma);
 	if (ret)
 		return ret;
-	umem_payer_is_current(area->payer);
+	umem_payer_choose(area->payer);
 
 	/* Pairs with the release of umem_mark(). */
 	if (smp_load_acquire(&area->complete)) {

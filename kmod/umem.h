@@ -246,7 +246,7 @@ void umem_areas_exit(void);
 /* charge.c */
 struct umem_payer *umem_payer_new(void);
 void umem_payer_put(struct umem_payer *payer);
-void umem_payer_is_current(struct umem_payer *payer);
+void umem_payer_choose(struct umem_payer *payer);
 struct file *umem_charge_open(struct umem_area *area);
 int umem_charge_init(struct vfsmount *mnt);
 void umem_charge_exit(void);

@@ -6,7 +6,9 @@
  * file's mapping.  They are looked up there under its lock, their address spaces
  * are held, and the lock is dropped before any mmap_lock is taken, which comes
  * before it in the kernel's order; by then the VMA may be gone or another, so it is
- * looked up again by address.
+ * looked up again by address.  A fork that failed, its task killed in the middle
+ * say, leaves an address space with VMAs of its parent in the tree, which may be
+ * freed by then: who looked up anything in it would use them.
  *
  * Locking: mmap_lock alone; none of the driver's own locks is held.
  *
@@ -82,6 +84,8 @@ static void umem_touch_spot(struct umem_area *area,
 
 	if (mmap_read_lock_killable(spot->mm))
 		return;
+	if (check_stable_address_space(spot->mm))
+		goto unlock;
 	for (i = 0; i < spot->npages; i++, addr += PAGE_SIZE) {
 		vma = find_vma(spot->mm, addr);
 		if (!vma || vma->vm_start > addr ||
@@ -95,6 +99,7 @@ static void umem_touch_spot(struct umem_area *area,
 			break;
 		cond_resched();
 	}
+unlock:
 	mmap_read_unlock(spot->mm);
 }
 
@@ -154,11 +159,8 @@ static int umem_make_mm_plain(struct umem_area *area, struct mm_struct *mm)
 
 	if (mmap_write_lock_killable(mm))
 		return -EINTR;
-	/* A fork that failed leaves a tree with VMAs of the parent in it. */
-	if (check_stable_address_space(mm)) {
-		mmap_write_unlock(mm);
-		return 0;
-	}
+	if (check_stable_address_space(mm))
+		goto unlock;
 	for (vma = find_vma(mm, 0); vma; vma = find_vma(mm, vma->vm_end)) {
 		if (!umem_vma_is_ours(vma, area))
 			continue;
@@ -172,6 +174,7 @@ static int umem_make_mm_plain(struct umem_area *area, struct mm_struct *mm)
 		atomic_dec(&area->nr_maps);
 		fput(face);
 	}
+unlock:
 	mmap_write_unlock(mm);
 	return 0;
 }

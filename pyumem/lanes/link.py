@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A lane's socket as a worker sees it: blocking, framed, counting; page data goes between socket
-and mapping without a copy.
+"""A lane's socket as a worker sees it: blocking, framed, counting; page data goes between the
+socket and memory of the caller's, at the source the RAM itself.
 """
 
 from __future__ import annotations

@@ -76,12 +76,13 @@ class UrgentLane:
         poll.register(lane, select.POLLIN)
         poll.register(parent, select.POLLIN)
         while True:
-            ready = poll.poll(self._patience())
+            patience = self._patience()
+            ready = poll.poll(patience)
             for fd, _ in ready:
                 if fd == parent:
                     return
                 self._answer()
-            if not ready and self._ahead and not self._patience():
+            if not ready and patience == 0:
                 self._send_ahead()
 
     def _patience(self) -> int | None:

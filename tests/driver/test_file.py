@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pyumem import uapi
+from pyumem import areafs, uapi
 from pyumem.area import Area
 
 from .support import (
@@ -183,3 +183,19 @@ def test_it_cannot_be_read_or_written(file: Path) -> None:
             call()
         assert caught.value.errno == errno.EINVAL
     os.close(fd)
+
+
+def test_a_mount_stays_while_a_vm_uses_it(
+    area: Area, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of `umemctl serve`: the VM is known by the path of its RAM when it leaves."""
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path))
+    with areafs.AreaDirectory() as directory:
+        assert directory.path == tmp_path / "areas"
+        ram = tmp_path / "areas" / area.name
+        used = ram.open("rb")
+    with used:
+        assert areafs.is_area_file(ram.stat())
+    with areafs.AreaDirectory() as directory:
+        assert directory.path == tmp_path / "areas"
+    assert tmp_path / "areas" not in areafs.mounts()

@@ -35,7 +35,6 @@ class FakeArea:
         self.npages = npages
         self.shmem_fd = os.memfd_create(name)
         os.ftruncate(self.shmem_fd, npages * PAGE)
-        self.map = mmap.mmap(self.shmem_fd, npages * PAGE)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self.cached = bytearray(npages)
         self.no_memory = 0  # so many writes fail for want of it
@@ -73,7 +72,6 @@ class FakeArea:
                 self._changed.wait(left)
 
     def page(self, pgoff: int) -> bytes:
-        # Not through the map, which would fill a hole.
         return os.pread(self.shmem_fd, PAGE, pgoff * PAGE)
 
     # --- server, as pyumem.area.Area ---
@@ -112,6 +110,5 @@ class FakeArea:
         return new
 
     def close(self) -> None:
-        self.map.close()
         os.close(self.shmem_fd)
         os.close(self._event)
