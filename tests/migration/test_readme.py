@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pyumem import areafs
 from tests.migration.world import PATIENCE, Program, World, eventually, world
 
 CHECKOUT = Path(__file__).parents[2]
@@ -67,6 +68,8 @@ def test_its_commands_move_a_vm(tmp_path: Path) -> None:
         *("source vm", "source migrate"),
         *("destination daemon", "destination vm"),
     }
+    # A failed test before this one may have left a mount, which holds the module.
+    subprocess.run(["umount", "-a", "-t", areafs.FILESYSTEM], check=True)
     subprocess.run(["rmmod", "umem"], check=True)
     places = {name: folder(tmp_path, name) for name in ("source", "destination")}
 

@@ -95,12 +95,14 @@ class World:
         console = self._consoles[serial.name] = GuestConsole(serial)
         return self.stack.enter_context(console)
 
-    def tell_all(self) -> None:
-        """Print what every program and every guest said: of a guest that died, its last words."""
+    def told(self) -> str:
+        """Return what every program and every guest said: of one that died, its last words."""
+        lines = []
         for log in sorted(self.tmp.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+            lines += [f"--- {log.name}", log.read_text(errors="replace")[-3000:]]
         for name, console in self._consoles.items():
-            print(f"--- {name}", *console.other_lines[-100:], sep="\n")
+            lines += [f"--- {name}", *console.other_lines[-100:]]
+        return "\n".join(lines)
 
     # --- the three programs of a migration ---
 
@@ -190,15 +192,21 @@ class World:
             os.close(control)
 
 
+WORLDS: list[World] = []
+"""Those that are open now: who reports a failed test asks them."""
+
+
 @contextlib.contextmanager
 def world(tmp: Path, link: Link | None = None) -> Iterator[World]:
     """Both hosts, with nothing running."""
     with two_hosts(link) as (source, destination), contextlib.ExitStack() as stack:
         both = World(source, destination, tmp, stack)
+        WORLDS.append(both)
+        stack.callback(WORLDS.remove, both)
         try:
             yield both
         except BaseException:
-            both.tell_all()
+            print(both.told())  # before it is all gone
             raise
 
 
