@@ -55,6 +55,7 @@ static DEFINE_MUTEX(umem_areas_mutex);
 static DEFINE_XARRAY_ALLOC(umem_areas);
 static unsigned int umem_nr_areas;
 static u32 umem_next_id;
+static struct kmem_cache *umem_area_cache;
 static unsigned long umem_last_serial;
 static struct vfsmount *umem_mnt;
 static struct vfsmount *umem_huge_mnt;
@@ -237,7 +238,7 @@ static void umem_area_free(struct umem_area *area)
 	kvfree(area->cached);
 	umem_payer_put(area->payer);
 	free_percpu(area->counts);
-	kfree(area);
+	kmem_cache_free(umem_area_cache, area);
 }
 
 static void umem_area_destroy(struct umem_area *area)
@@ -467,7 +468,7 @@ struct umem_area *umem_area_create(const struct umem_create *wish)
 	if (wish->flags & UMEM_CREATE_HUGE && !umem_huge_mnt)
 		return ERR_PTR(-EOPNOTSUPP);
 
-	area = kzalloc(sizeof(*area), GFP_KERNEL_ACCOUNT);
+	area = kmem_cache_zalloc(umem_area_cache, GFP_KERNEL);
 	if (!area)
 		return ERR_PTR(-ENOMEM);
 
@@ -684,9 +685,15 @@ int __init umem_areas_init(void)
 	int ret;
 
 	umem_stats_init();
+	/* Between two sizes of kmalloc(), the larger of which would be half unused. */
+	umem_area_cache = KMEM_CACHE(umem_area, SLAB_ACCOUNT);
+	if (!umem_area_cache)
+		return -ENOMEM;
 	umem_mnt = umem_mount("huge=never");
-	if (IS_ERR(umem_mnt))
-		return PTR_ERR(umem_mnt);
+	if (IS_ERR(umem_mnt)) {
+		ret = PTR_ERR(umem_mnt);
+		goto destroy_cache;
+	}
 	/* Not every kernel and machine has them; then there are no huge areas. */
 	umem_huge_mnt = umem_mount("huge=always");
 	if (IS_ERR(umem_huge_mnt))
@@ -719,6 +726,8 @@ exit_charge:
 	umem_charge_exit();
 unmount:
 	umem_unmount();
+destroy_cache:
+	kmem_cache_destroy(umem_area_cache);
 	return ret;
 }
 
@@ -738,4 +747,5 @@ void umem_areas_exit(void)
 	synchronize_rcu_tasks();
 	umem_charge_exit();
 	WARN_ON(!xa_empty(&umem_areas));
+	kmem_cache_destroy(umem_area_cache);
 }

@@ -54,10 +54,10 @@
 
 /*
  * Requests that are queued in order.  When more are open at a time, the rest is
- * found by a walk of the requested bitmap, in order of the offsets.  As many as
- * let struct umem_area fit a page.
+ * found by a walk of the requested bitmap, in order of the offsets.  A VM has
+ * rarely more vCPUs, and each entry costs every area eight bytes.
  */
-#define UMEM_RING	256U
+#define UMEM_RING	64U
 
 /* Words of a bitmap that are handled before others get the CPU. */
 #define UMEM_WORDS_PER_TURN	1024
