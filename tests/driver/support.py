@@ -123,9 +123,15 @@ class Server(contextlib.AbstractContextManager["Server"]):
     """A thread that fills and marks whatever is asked for, until the end of the with block."""
 
     def __init__(
-        self, area: Area, answer: Callable[[Area, int], None] | None = None, *, run: int = 0
+        self,
+        area: Area,
+        answer: Callable[[Area, int], bool | None] | None = None,
+        *,
+        run: int = 0,
     ) -> None:
-        """run: mark so many pages around what is asked for, if not only the granule."""
+        """run: mark so many pages around what is asked for, if not only the granule.  What answer()
+        returns False for is not marked.
+        """
         self.area = area
         self.served: list[int] = []
         self._run_pages = run or area.granule_size // PAGE
@@ -141,11 +147,10 @@ class Server(contextlib.AbstractContextManager["Server"]):
         try:
             while self._stop not in [fd for fd, _ in poll.poll()]:
                 pages = list(self.area.requests()[::2])
-                for pgoff in pages:
-                    self._answer(self.area, pgoff)
+                marked = [p for p in pages if self._answer(self.area, p) is not False]
                 run = self._run_pages
-                self.area.mark((pgoff - pgoff % run, run) for pgoff in pages)
-                self.served += pages
+                self.area.mark((pgoff - pgoff % run, run) for pgoff in marked)
+                self.served += marked
         except BaseException as e:
             self._error = e
 

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from pyumem import uapi
 from pyumem.area import Area
 from pyumem.errors import DriverError
+from tests.vm.guest import GuestSpec
 
 from .build import program
 from .support import (
@@ -20,11 +23,13 @@ from .support import (
     Agent,
     AgentError,
     AgentSignal,
+    Server,
     content,
     no_request,
     serve,
     take,
     take_pages,
+    wait_until,
 )
 
 
@@ -113,3 +118,39 @@ def test_a_virtual_machine_gets_it_as_a_hardware_error(area: Area) -> None:
         serve(area, 0)
         assert vm.stdout.readline().strip() == "0 good"
         assert vm.stdout.readline().strip() == "1 poisoned"
+
+
+@pytest.mark.one_kernel
+@pytest.mark.timeout(400)
+def test_qemu_makes_a_machine_check_of_it(tmp_path: Path) -> None:
+    """The guest's kernel learns which page of its memory is lost; QEMU and its VM live on.
+
+    The guest boots on an area whose server has nothing but zeros.  QEMU, its firmware and the
+    guest's kernel have touched what they load by the time that its workload has half of its
+    memory: who asks then is the vCPU.
+    """
+    spec = GuestSpec(workload="verify", mb=96, memory="192M", virtio=True)
+    serial, log = tmp_path / "serial", tmp_path / "log"
+    lost: list[int] = []
+
+    def answer(area: Area, pgoff: int) -> bool:
+        if lost or area.info().nr_cached < 96 * 256:
+            return True
+        lost.append(pgoff)
+        poison(area, pgoff)
+        return False
+
+    with Area.create("ram", 192 << 20) as ram:
+        backend = f"memory-backend-file,id=ram0,mem-path={ram.node},share=on,size={ram.size}"
+        argv = [os.environ["UMEM_QEMU"], *spec.qemu_args(serial), "-object", backend]
+        argv += ["-machine", "q35,memory-backend=ram0"]
+        with (
+            log.open("w") as said,
+            Server(ram, answer),
+            subprocess.Popen(argv, stdout=said, stderr=said) as qemu,
+        ):
+            try:
+                wait_until(lambda: "BUS_MCEERR_AR" in log.read_text(), "QEMU is told", 300)
+            finally:
+                qemu.kill()
+    assert f"GUEST addr 0x{lost[0] * PAGE:x} of type BUS_MCEERR_AR injected" in log.read_text()
