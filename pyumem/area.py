@@ -144,6 +144,21 @@ class Area:
         nr = self.size // self.granule_size
         return uapi.bitmap(self.server_fd, which, nr, area=self.name)
 
+    def open_requests(self) -> list[int]:
+        """Return the pages that are requested and missing, delivered to a server or not, in order.
+        Of a granule it is the first page.  Raises DriverError.
+        """
+        requested = self.bitmap(uapi.UMEM_BITMAP_REQUESTED)
+        cached = self.bitmap(uapi.UMEM_BITMAP_CACHED)
+        step = self.granule_size // PAGE_SIZE
+        return [
+            (64 * at + bit) * step
+            for at, (wanted, here) in enumerate(zip(requested, cached, strict=True))
+            if (open_ones := wanted & ~here)
+            for bit in range(64)
+            if open_ones >> bit & 1
+        ]
+
     @property
     def map(self) -> mmap.mmap:
         """Return the backing file mapped shared and writable, made at the first use.

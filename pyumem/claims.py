@@ -23,8 +23,15 @@ _CURSOR: Final = struct.Struct("=Q")
 _PACE: Final = struct.Struct("=Q")
 _PACE_AT: Final = 8
 _FREE: Final = b"\0"
+_EIGHT_SLOTS: Final = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
+"""The slots that a byte of a bitmap stands for."""
 UNPACED: Final = (1 << 64) - 1
 """A pace without a limit; 0 is a pause."""
+
+
+def spread(bits: bytes | memoryview) -> bytes:
+    """Return a byte, 0 or 1, for each bit of a bitmap, the lowest of each byte first."""
+    return b"".join(map(_EIGHT_SLOTS.__getitem__, bits))
 
 
 class Slots:
@@ -156,6 +163,12 @@ class ClaimMap:
                 if self.cursor == cursor:
                     self.cursor = stop - _HEAD
             return start, stop - _HEAD - start
+
+    def know(self, start: int, count: int, bits: bytes | memoryview) -> None:
+        """Set `count` slots from `start` on to what a bitmap says, its bits from the lowest of each
+        byte on: 1 is claimed.  Only while no lane claims.
+        """
+        self.memory.map[_HEAD + start : _HEAD + start + count] = spread(bits)[:count]
 
     def _find_free(self, cursor: int) -> int | None:
         data = self.memory.map

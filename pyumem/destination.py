@@ -9,7 +9,11 @@
                      every granule of every area is cached: COMPLETE; BYE: COMPLETED
 
 Before COMMIT any trouble ends in FAILED and the VM goes on at the source.  After it trouble ends in
-POSTCOPY_PAUSED: the guest waits for its missing pages, which are never made up.
+POSTCOPY_PAUSED: the guest waits for its missing pages, which are never made up.  A source that
+comes back gets a new Migration object, resumed from the old one:
+
+    POSTCOPY_RECOVER VERDICT and HAVE went out; lanes are being connected
+    POSTCOPY_ACTIVE  all of them are there
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,10 +34,13 @@ from pyumem.area import Area
 from pyumem.claims import Slots
 from pyumem.errors import LinkError, ProtocolError, QemuError, RefusedError, UmemError
 from pyumem.greeting import AsyncLink, refuse, welcome
+from pyumem.heartbeat import beat
 from pyumem.hello import Hello, Lane, flag
 from pyumem.lanes.fill import Arrivals
 from pyumem.lanes.link import tune
 from pyumem.qemu import Qemu
+from pyumem.recovery import Fate, Verdict, tell_have
+from pyumem.release import CONFIRM_S
 from pyumem.report import Progress, State, arrival_report, totals_of
 from pyumem.stats import StatsBlock, Totals
 from pyumem.wire import Kind
@@ -46,6 +54,15 @@ _BYE_S: Final = 10.0
 _INMIGRATE_S: Final = 10.0
 
 
+class Phase(StrEnum):
+    """How far a VM is here: what a daemon that was killed has to know of it."""
+
+    PREPARED = "prepared"  # nothing runs here yet; the source may believe that it does
+    COMMITTED = "committed"  # it is ours
+    COMMITTED_RUN = "committed-run"  # it is ours, and is to run
+    STARTED = "started"  # it does what it is to do
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a migration comes to: a QEMU that waits, and its areas in the order of HELLO."""
@@ -56,8 +73,12 @@ class Target:
     incoming: Path
     autostart: bool
     touch: bool
-    on_arrival: Callable[[], None]
-    """Called in the instant of the commit, before anything runs."""
+    on_phase: Callable[[Phase], None]
+    """Called before PREPARED is said, and in the instant of the commit.  What it raises ends the
+    migration, before the commit.
+    """
+    started: asyncio.Event
+    """Set, after the commit, when it runs, or stands, as the source wanted it."""
 
 
 class _AbortedError(UmemError):
@@ -67,12 +88,27 @@ class _AbortedError(UmemError):
 class Migration:
     """One migration.  run() is its life; close() frees what it holds."""
 
-    def __init__(self, target: Target, hello: Hello, link: AsyncLink) -> None:
-        """Begin, after the control lane's HELLO was checked."""
+    def __init__(
+        self,
+        target: Target,
+        hello: Hello,
+        link: AsyncLink,
+        *,
+        before: Migration | None = None,
+        resumed: bool = False,
+    ) -> None:
+        """Begin, after the control lane's HELLO was checked.
+
+        resumed: it was committed before, and is taken up again; before is what it was then, closed,
+        if this process knows it.
+        """
         self._target = target
+        self._resumed = resumed
+        self.recoveries: int = before.recoveries if before else 0
+        self._past = {lane: before._totals(lane) if before else Totals() for lane in Lane}
         self.hello: Final = hello
         self._link = link
-        self.state = State.SETUP
+        self.state = State.POSTCOPY_RECOVER if resumed else State.SETUP
         self.reason = ""
         self._started = time.monotonic()
         self._arrivals = Arrivals.create(Slots([area.npages for area in target.areas]))
@@ -80,10 +116,25 @@ class Migration:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stream: socket.socket | None = None
         self._device_bytes = 0
-        self._loading = False
-        self._prepared = False
+        self._loading = resumed
+        self.prepared = resumed
+        """PREPARED was said, or was about to be."""
+        self.unconfirmed = False
+        """It is complete, and the source may not know."""
+        self.guest_ended = ""
         self._complete = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._starting: set[Worker] = set()
+        self._none_starts = asyncio.Event()
+        self._none_starts.set()
+        self._uncounted = 0
+        if resumed:
+            here = sum(
+                self._arrivals.know(self._arrivals.slots.slot(index, 0), area.npages, area.bitmap())
+                for index, area in enumerate(target.areas)
+            )
+            self._uncounted = here - self.progress().pages_done
 
     # --- what is known ---
 
@@ -93,7 +144,8 @@ class Migration:
         return self._link.peer
 
     def _totals(self, lane: Lane) -> Totals:
-        return totals_of(w.totals() for (kind, _), w in self._lanes.items() if w and kind is lane)
+        now = totals_of(w.totals() for (kind, _), w in self._lanes.items() if w and kind is lane)
+        return self._past[lane] + now
 
     def progress(self) -> Progress:
         """Return how far it is."""
@@ -104,6 +156,7 @@ class Migration:
             pages_demand=urgent.pages,
             pages_background=background.pages,
             pages_zero=urgent.zero_pages + background.zero_pages,
+            pages_uncounted=self._uncounted,
             bytes_moved=urgent.bytes_received + background.bytes_received,
             elapsed_s=round(time.monotonic() - self._started, 3),
         )
@@ -117,6 +170,7 @@ class Migration:
             "peer": self.peer,
             "source_vm": self.hello.vm,
             "session": self.hello.session,
+            "recoveries": self.recoveries,
             **self.progress().to_json(),
             **arrival_report(urgent, background),
             "workers": [
@@ -146,13 +200,21 @@ class Migration:
             fds = [sock.fileno(), *self._arrivals.fds]
             for area in self._target.areas:
                 fds += [area.server_fd, area.shmem_fd]
+            self._starting.add(worker)
+            self._none_starts.clear()
             try:
-                message = {"peer": link.peer, "touch": self._target.touch}
+                message = {
+                    "peer": link.peer,
+                    "touch": self._target.touch,
+                    "resumed": self._resumed,
+                }
                 await worker.start(module, message, fds)
                 self._lanes[key] = worker
                 greeter = AsyncLink(sock, link.peer)
                 await welcome(greeter, token, hello)
                 sock.setblocking(True)
+                if self._closed or self._broken.done():
+                    raise LinkError(f"{link.peer}: {name} came too late")
             except BaseException as e:
                 self._lanes[key] = None
                 await worker.stop()
@@ -160,12 +222,25 @@ class Migration:
                 if isinstance(e, UmemError):
                     self._break(e)
                 raise
+            finally:
+                self._starting.discard(worker)
+                if not self._starting:
+                    self._none_starts.set()
         worker.command("go")
+        if self.state is State.POSTCOPY_RECOVER and not self._missing_lanes:
+            self.state = State.POSTCOPY_ACTIVE
+            self.recoveries += 1
+            log.info("%s: the source is back, pages flow", self._target.name)
+            self._spawn(self._watch_complete(), "watch completeness")
+
+    @property
+    def _missing_lanes(self) -> int:
+        return 1 + self.hello.background_lanes - sum(map(bool, self._lanes.values()))
 
     def _lane_problem(self, hello: Hello) -> str:
         if hello.session != self.hello.session:
             return f"session {hello.session} is not known here"
-        if self.state is not State.SETUP:
+        if self.state not in (State.SETUP, State.POSTCOPY_RECOVER):
             return f"the migration is past its setup ({self.state})"
         if hello.lane is Lane.URGENT and hello.index:
             return "there is one urgent lane"
@@ -185,6 +260,10 @@ class Migration:
         if not self.state.committed:
             self._break(UmemError(reason))
 
+    def cut(self, reason: str) -> None:
+        """Have it end as if its connection had been lost: it was, and nobody noticed yet."""
+        self._break(LinkError(reason))
+
     def _break(self, error: UmemError) -> None:
         if not self._broken.done():
             self._broken.set_exception(error)
@@ -196,8 +275,8 @@ class Migration:
 
         Never raises for what a peer or QEMU does: see state and reason.
         """
-        control = self._spawn(self._control(), "control lane")
         self._spawn(self._watch_qemu(), "watch QEMU")
+        control = self._spawn(self._converse(), "control lane")
         try:
             await asyncio.wait({control, self._broken}, return_when=asyncio.FIRST_COMPLETED)
             if self._broken.done():
@@ -211,8 +290,22 @@ class Migration:
             if not self._broken.done():
                 self._broken.cancel()
 
+    async def _converse(self) -> None:
+        if self._resumed:
+            await self._link.send_json(Kind.VERDICT, Verdict(Fate.HERE).to_json())
+            await tell_have(self._link, self._target.areas)
+            self._spawn(self._beat(), "heartbeat")
+        await self._control()
+
+    async def _beat(self) -> None:
+        try:
+            await beat(self._link)
+        except LinkError as e:
+            self._break(e)
+
     async def _failed(self, error: Exception) -> None:
         if self._complete:
+            self.unconfirmed = True
             # All is here.  That the source did not say goodbye is its affair.
             log.warning(
                 "%s: complete, but the source did not confirm: %s", self._target.name, error
@@ -247,12 +340,17 @@ class Migration:
         """In postcopy-paused: look whether what was still in the lanes has made it complete."""
         if all(area.info().complete for area in self._target.areas):
             self.state = State.COMPLETED
+            self.unconfirmed = True
             return True
         return False
 
     async def close(self) -> None:
         """Stop the workers, close the lanes; again is harmless."""
+        self._closed = True
         await self._end_tasks()
+        # One that is only starting has the memory that free() unmaps; it ends, seeing _closed.
+        await stop_all(list(self._starting))
+        await self._none_starts.wait()
         await stop_all([worker for worker in self._lanes.values() if worker])
         self._link.close()
         if self._stream is not None:
@@ -275,6 +373,7 @@ class Migration:
         if qemu.shutdown_reason and self.state is State.POSTCOPY_ACTIVE:
             # The guest powered off before it had all its memory.  Nobody needs the rest.
             log.info("%s: the VM ended (%s)", self._target.name, qemu.shutdown_reason)
+            self.guest_ended = qemu.shutdown_reason
             await self._tell_complete({"guest_ended": qemu.shutdown_reason})
             return
         self._break(QemuError(f"the destination's QEMU (pid {qemu.pid}) is gone"))
@@ -296,8 +395,10 @@ class Migration:
                     self._spawn(self._load(), "load device state")
                 case Kind.COMMIT if self._broken.done():
                     return  # run() is about to say ABORT
-                case Kind.COMMIT if self._prepared and self.state is State.DEVICE:
-                    await self._commit(wire.unpack_json(Kind.COMMIT, payload))
+                case Kind.COMMIT if self.prepared and self.state is State.DEVICE:
+                    self._commit(wire.unpack_json(Kind.COMMIT, payload))
+                case Kind.PING if self.state.committed:
+                    pass
                 case Kind.BYE if self._complete:
                     return
                 case Kind.ABORT if not self.state.committed:
@@ -316,8 +417,7 @@ class Migration:
         """Pass a piece of device state on to QEMU, connecting at the first."""
         loop = asyncio.get_running_loop()
         if self._stream is None:
-            missing = 1 + self.hello.background_lanes - sum(map(bool, self._lanes.values()))
-            if missing:
+            if missing := self._missing_lanes:
                 raise ProtocolError(f"{self.peer}: DEVICE while {missing} lane(s) are missing")
             self.state = State.DEVICE
             self._stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -345,7 +445,8 @@ class Migration:
                 while await qemu.status() == "inmigrate":
                     await asyncio.sleep(_POLL_S / 4)
             self._not_running()
-            self._prepared = True
+            self._target.on_phase(Phase.PREPARED)
+            self.prepared = True
             await self._link.send_json(Kind.PREPARED, {"device_state_bytes": self._device_bytes})
         except TimeoutError:
             self._break(QemuError("QEMU loaded its device state and stays in state inmigrate"))
@@ -357,25 +458,45 @@ class Migration:
         if self._target.qemu.resumed:
             raise QemuError("somebody continued the VM at the destination before the commit")
 
-    async def _commit(self, message: dict[str, Any]) -> None:
+    def _commit(self, message: dict[str, Any]) -> None:
         """From here on this side owns the VM."""
         self._not_running()
         run = flag(message, "run") and self._target.autostart
+        self._target.on_phase(Phase.COMMITTED_RUN if run else Phase.COMMITTED)
         self.state = State.POSTCOPY_ACTIVE
-        self._target.on_arrival()
-        if run:
-            await self._target.qemu.execute("cont")
-        log.info(
-            "%s: committed, the VM %s here", self._target.name, "runs" if run else "stands, paused,"
-        )
-        await self._link.send_json(Kind.RUNNING, {"running": run})
+        # Beside the control lane: QEMU's main loop may wait for a page, and signs of life go on.
+        self._spawn(self._beat(), "heartbeat")
+        self._spawn(self._start(run), "start")
+
+    async def _start(self, run: bool) -> None:
+        await self._target.started.wait()
+        try:
+            await self._link.send_json(Kind.RUNNING, {"running": run})
+        except UmemError as e:
+            self._break(e)
+            return
         if run:
             # QEMU has done so when it had loaded; that the VM is here is certain only now.  Not
             # waited for: QEMU's main loop may wait for a page.
             self._spawn(self._target.qemu.announce(), "announce")
         self._spawn(self._watch_complete(), "watch completeness")
 
+    async def _confirm(self) -> None:
+        """Say every now and then which pages are here, if that has changed."""
+        said = -1
+        try:
+            while True:
+                here = sum(area.info().nr_cached for area in self._target.areas)
+                if here != said:
+                    await tell_have(self._link, self._target.areas)
+                    said = here
+                await asyncio.sleep(CONFIRM_S)
+        except UmemError as e:
+            self._break(e)
+
     async def _watch_complete(self) -> None:
+        if self.hello.confirm:
+            self._spawn(self._confirm(), "confirm")
         try:
             for area in self._target.areas:
                 while not area.info().complete:

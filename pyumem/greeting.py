@@ -46,6 +46,8 @@ class AsyncLink:
         self._sock = sock
         self._detached = False
         self._torn = False
+        self.heard = 0
+        """Counts what was received: it changes while the peer is heard of."""
         self.peer: Final = peer
         self._sending = asyncio.Lock()
 
@@ -89,6 +91,7 @@ class AsyncLink:
                 if not got:
                     break
                 done += got
+                self.heard += 1
         except OSError as e:
             raise LinkError(f"{self.peer}: {e.strerror or e}") from e
         return done
@@ -99,6 +102,8 @@ class AsyncLink:
         Of a frame of another kind than `only` no payload is read.  Raises LinkError, and
         ProtocolError that names the peer.
         """
+        # What is there already comes without a wait: others get their turn all the same.
+        await asyncio.sleep(0)
         raw = memoryview(bytearray(wire.HEADER_SIZE))
         try:
             if not (done := await self._fill(raw[: wire.PREFIX_SIZE])):

@@ -139,6 +139,10 @@ class Hello:
     index: int = 0
     background_lanes: int = 0
     areas: tuple[AreaSpec, ...] = field(default=())
+    resume: bool = False
+    """On the control lane: take a committed migration up again; VERDICT is the answer."""
+    confirm: bool = False
+    """On the control lane: say every now and then, with HAVE, which pages have come."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -151,6 +155,8 @@ class Hello:
             "index": self.index,
             "background_lanes": self.background_lanes,
             "areas": [area.to_json() for area in self.areas],
+            "resume": self.resume,
+            "confirm": self.confirm,
         }
 
     @classmethod
@@ -175,6 +181,8 @@ class Hello:
             index=whole(message, "index", 0, MAX_LANES - 1),
             background_lanes=whole(message, "background_lanes", 0, MAX_LANES),
             areas=specs,
+            resume=flag(message, "resume"),
+            confirm=flag(message, "confirm"),
         )
 
 

@@ -4,7 +4,9 @@ comes to it.
 
 `umem-qemu ... -postcopy -incoming` asks `umemctl serve` for it.  It is released, with everything it
 holds, when its QEMU ends, when the migration failed (its QEMU is ended then), or when every page is
-here.
+here.  A source that lost its connection comes back to the same port; where it may not know how it
+ended, a verdict is left for it (pyumem.verdicts).  A VM whose daemon was killed is adopted by the
+next one, from its record and the driver's areas.
 
 The launcher keeps its connection.  It is told when the VM has arrived; until then it ends its QEMU
 when it hears that there will be no VM, or when this process is gone.
@@ -14,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
+import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +28,25 @@ from typing import Any, Final
 from pyumem.address import Address, listen, name_of, parse
 from pyumem.area import Area
 from pyumem.control import Asker
-from pyumem.destination import Migration, Target
-from pyumem.errors import DriverError, LinkError, ProtocolError, RefusedError, UmemError
+from pyumem.destination import Migration, Phase, Target
+from pyumem.errors import (
+    DriverError,
+    LinkError,
+    ProtocolError,
+    QemuError,
+    RefusedError,
+    UmemError,
+)
 from pyumem.greeting import WELCOME_S, AsyncLink, admit, refuse, welcome
 from pyumem.hello import MAX_AREAS, AreaSpec, Hello, Lane, flag, text, valid_name
+from pyumem.incoming_record import IncomingRecord
 from pyumem.lanes.link import tune
+from pyumem.process import ProcessName
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
+from pyumem.recovery import Fate
 from pyumem.report import State
 from pyumem.uapi import PAGE_SIZE
+from pyumem.verdicts import Judged, Verdicts
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +58,8 @@ _ORPHAN_S: Final = 20.0
 _READY_S: Final = WELCOME_S / 2
 _END_PATIENCE_S: Final = 1.0
 _POLL_PAUSED_S: Final = 1.0
+_REATTACH_S: Final = 10.0
+_START_AGAIN_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +99,18 @@ class IncomingVm:
     """One of them.  open(), then run() until it is over."""
 
     def __init__(
-        self, request: IncomingRequest, token: bytes, launcher: Asker, directory: Path | None
+        self,
+        request: IncomingRequest,
+        token: bytes,
+        launcher: Asker | None,
+        directory: Path | None,
+        verdicts: Verdicts,
     ) -> None:
-        """Take nothing yet.  directory is where areas are files, if anywhere."""
+        """Take nothing yet.  directory is where areas are files, if anywhere; there is no launcher
+        to talk to when this VM was adopted.
+        """
+        self._verdicts = verdicts
+        self._started = asyncio.Event()
         self._directory = directory
         self.request: Final = request
         self._launcher = launcher
@@ -97,7 +123,16 @@ class IncomingVm:
         self._strangers = asyncio.Semaphore(MAX_STRANGERS)
         self._tasks: set[asyncio.Task[None]] = set()
         self.migration: Migration | None = None
-        self._migrated = asyncio.Event()
+        self._ended = asyncio.Event()
+        """Set while no connection of the source is served, after there was one."""
+        self._resumed = asyncio.Event()
+        self._one_resume = asyncio.Lock()
+        self._record: IncomingRecord | None = None
+        self._adopted_session: str | None = None
+        self._ours = False
+        """COMMIT came: its QEMU is the VM, and not ours to end."""
+        self.judged = False
+        """A source that comes back finds a verdict."""
 
     @property
     def name(self) -> str:
@@ -109,15 +144,16 @@ class IncomingVm:
         """Return "starting", "waiting", or the state of its migration."""
         if self.migration:
             return self.migration.state.value
+        if self._record:
+            return State.POSTCOPY_PAUSED.value
         return "waiting" if self._ready.is_set() else "starting"
 
     @property
     def depends_on_us(self) -> bool:
         """Tell whether a guest waits, or will wait, for pages that come through this process."""
-        return self.migration is not None and self.migration.state in (
-            State.POSTCOPY_ACTIVE,
-            State.POSTCOPY_PAUSED,
-        )
+        if self.migration is None:
+            return self._record is not None
+        return self.migration.state.committed and not self.migration.state.over
 
     def to_json(self) -> dict[str, Any]:
         """Return what status shows."""
@@ -166,6 +202,7 @@ class IncomingVm:
                     )
         except BaseException:
             self._release_files()
+            self._close_sockets()
             raise
         return [
             {"id": block.id, "path": self._path(area), "size_bytes": area.size}
@@ -173,15 +210,147 @@ class IncomingVm:
         ]
 
     async def run(self) -> None:
-        """Live until the VM is here, or is not to come any more.  Frees everything."""
+        """Live until the VM is here, or is not to come any more.
+
+        Frees everything.
+        """
         try:
             for sock in self._sockets:
                 self._spawn(self._accept(sock), f"accept {self.request.address}")
-            if await self._attach():
+            if self._record is not None or await self._attach():
                 await self._wait()
                 await self._hand_over()
         finally:
             await self._release()
+
+    # --- a VM that another process received ---
+
+    @classmethod
+    async def adopt(
+        cls, record: IncomingRecord, token: bytes, directory: Path | None, verdicts: Verdicts
+    ) -> IncomingVm | None:
+        """Take over a VM whose daemon is no more.
+
+        Returns None when there is none any more, and a verdict of it.  Raises UmemError; what was
+        taken is freed.
+        """
+        request = IncomingRequest(
+            name=record.name,
+            address=parse(record.listen, listening=True),
+            blocks=record.areas,
+            qmp=Path(record.qmp),
+            incoming=Path(record.incoming),
+            autostart=record.autostart,
+            touch=record.touch,
+        )
+        vm = cls(request, token, None, directory, verdicts)
+        vm._record, vm._adopted_session = record, record.hello.session
+        vm._ours = record.ours
+        if not record.ours:
+            # Its launcher has ended its QEMU by now, or is about to: COMMIT never came.
+            await record.qemu.kill(_END_PATIENCE_S)
+            vm._judge(Fate.ABORTED, "umemctl serve was killed before COMMIT came")
+            return None
+        try:
+            vm._qemu = Qemu.adopt(request.qmp, record.qemu)
+        except QemuError as e:
+            vm._judge(Fate.GONE, str(e))
+            return None
+        try:
+            vm._sockets = listen(request.address)
+            for block, number in zip(record.areas, record.area_ids, strict=True):
+                area = await vm._reattach(number)
+                vm._areas.append(area)
+                if (area.name, area.size) != (f"{record.name}.{block.id}", block.size):
+                    raise DriverError("re-attach", errno.ENXIO, area=f"{record.name}.{block.id}")
+        except BaseException:
+            vm._release_files()
+            vm._close_sockets()
+            if vm._qemu:
+                await vm._qemu.close()
+            raise
+        vm._begin_start(record.phase)
+        vm._ready.set()
+        log.info("%s: adopted, its source is expected on %s", vm.name, request.address)
+        return vm
+
+    async def _reattach(self, number: int) -> Area:
+        """Take an area over.  The workers of a daemon that was killed end a moment after it."""
+        deadline = time.monotonic() + _REATTACH_S
+        while True:
+            try:
+                return await asyncio.to_thread(Area.reattach, number)
+            except DriverError as e:
+                if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_END_PATIENCE_S / 10)
+
+    # --- what becomes of it ---
+
+    def _begin_start(self, phase: Phase) -> None:
+        if phase is Phase.COMMITTED_RUN:
+            self._spawn(self._start(), "start")
+        else:
+            if phase is Phase.COMMITTED:
+                log.info("%s: committed, the VM stands, paused, here", self.name)
+            self._started.set()
+
+    async def _start(self) -> None:
+        """Have it run, whatever becomes of the source's connection meanwhile."""
+        assert self._qemu is not None
+        await self._qemu.answers.wait()
+        said = ""
+        while not self._qemu.gone.is_set():
+            try:
+                await self._qemu.execute("cont")
+                self._note(Phase.STARTED)
+                break
+            except UmemError as e:
+                if str(e) != said:
+                    said = str(e)
+                    log.error("%s: cannot be continued: %s; tried again", self.name, e)
+                await asyncio.sleep(_START_AGAIN_S)
+        log.info("%s: committed, the VM runs here", self.name)
+        self._started.set()
+
+    def _judge(self, fate: Fate, reason: str = "") -> None:
+        """Leave word for a source that comes back, and forget the VM."""
+        session = self._session
+        assert session is not None
+        address = str(self.request.address)
+        self._verdicts.judge(Judged(session, self.name, address, time.time(), fate, reason))
+        self.judged = True
+        self._forget_record()
+
+    def _note(self, phase: Phase) -> None:
+        """Leave word for a daemon that comes after this one.  Raises UmemError."""
+        if self._record is None:
+            assert self._qemu is not None and self.migration is not None
+            self._record = IncomingRecord(
+                name=self.name,
+                listen=str(self.request.address),
+                phase=phase,
+                hello=self.migration.hello,
+                qmp=str(self.request.qmp),
+                incoming=str(self.request.incoming),
+                qemu=ProcessName.of(self._qemu.pid),
+                autostart=self.request.autostart,
+                touch=self.request.touch,
+                areas=self.request.blocks,
+                area_ids=tuple(area.id for area in self._areas),
+            )
+        self._record = self._record.at(phase)
+        self._record.write()
+        if phase in (Phase.COMMITTED, Phase.COMMITTED_RUN):
+            self._ours = True
+            if self._launcher:
+                self._launcher.tell("arrived")
+            self._begin_start(phase)
+
+    def _forget_record(self) -> None:
+        if self._record is not None:
+            self._record.remove()
+            self._record = None
 
     async def _attach(self) -> bool:
         """Connect to the QEMU that the launcher starts and make it wait for its device state."""
@@ -192,7 +361,7 @@ class IncomingVm:
                 return False
             await self._qemu.require_capabilities(DESTINATION_CAPABILITIES)
             self._qemu.identify({area.name: area.shmem_fd for area in self._areas})
-            if self._launcher.gone.is_set():
+            if self._launcher and self._launcher.gone.is_set():
                 log.warning("%s: its launcher is gone; ending its QEMU", self.name)
                 return False
             await self._qemu.set_capabilities(dict.fromkeys(DESTINATION_CAPABILITIES, True))
@@ -213,6 +382,7 @@ class IncomingVm:
 
         Raises QemuError, CheckError.
         """
+        assert self._launcher is not None
         gone = asyncio.create_task(self._launcher.gone.wait(), name=f"{self.name}: launcher")
         attach = asyncio.create_task(
             Qemu.connect_when_there(self.request.qmp, _QEMU_START_S), name=f"{self.name}: attach"
@@ -232,29 +402,62 @@ class IncomingVm:
             raise found
 
     async def _wait(self) -> None:
+        """Return when QEMU is gone, or when no connection is to be expected any more."""
         assert self._qemu is not None
         gone = asyncio.create_task(self._qemu.gone.wait(), name=f"{self.name}: QEMU")
-        migrated = asyncio.create_task(self._migrated.wait(), name=f"{self.name}: migrated")
         try:
-            await asyncio.wait({gone, migrated}, return_when=asyncio.FIRST_COMPLETED)
-            if self.migration and not self._migrated.is_set():
-                await migrated  # QEMU is gone; the migration finds out and tells the source
-            if self.migration and self.migration.state is State.POSTCOPY_PAUSED:
-                log.error(
-                    "%s: postcopy-paused: %s; the guest waits for its missing pages",
-                    *(self.name, self.migration.reason),
-                )
-                await self._while_paused(gone, self.migration)
+            if self.migration is None and self._record is None:
+                await self._one_of(gone, self._ended)
+            while not gone.done() or (self.migration and not self._ended.is_set()):
+                if self.migration is not None:
+                    await self._ended.wait()  # of a QEMU that is gone it learns by itself
+                    if not self._ended.is_set():
+                        continue  # the source is back already
+                    if self.migration.state is not State.POSTCOPY_PAUSED:
+                        break
+                    log.error(
+                        "%s: postcopy-paused: %s; the guest waits for its missing pages",
+                        *(self.name, self.migration.reason),
+                    )
+                if await self._while_paused(gone):
+                    break
             if self._qemu.gone.is_set():
                 log.info("%s: QEMU (pid %d) is gone", self.name, self._qemu.pid)
         finally:
             gone.cancel()
-            migrated.cancel()
-            await asyncio.gather(gone, migrated, return_exceptions=True)
+            await asyncio.gather(gone, return_exceptions=True)
+
+    async def _one_of(
+        self, gone: asyncio.Task[Any], event: asyncio.Event, timeout: float | None = None
+    ) -> None:
+        """Wait until QEMU is gone, the event is set, or so many seconds have passed."""
+        waiting = asyncio.create_task(event.wait(), name=f"{self.name}: wait")
+        try:
+            await asyncio.wait(
+                {gone, waiting}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    async def _while_paused(self, gone: asyncio.Task[Any]) -> bool:
+        """Wait for the source.  True when it need not come any more."""
+        while not gone.done():
+            await self._one_of(gone, self._resumed, _POLL_PAUSED_S)
+            if self._resumed.is_set():
+                self._resumed.clear()
+                return False
+            if all(area.info().complete for area in self._areas):
+                log.info("%s: complete after all: its last pages were on their way", self.name)
+                if self.migration:
+                    self.migration.arrived_after_all()
+                return True
+        return True
 
     async def _hand_over(self) -> None:
         """Take the driver out of the guest's way when every page is here."""
-        if self.migration is None or self.migration.state is not State.COMPLETED:
+        assert self._qemu is not None
+        if not self._ours or self._qemu.gone.is_set():
             return
         for area in self._areas:
             try:
@@ -265,13 +468,6 @@ class IncomingVm:
                 # Nothing is lost: a complete area is served by the driver as well.
                 log.warning("%s: %s", self.name, e)
 
-    async def _while_paused(self, gone: asyncio.Task[Any], migration: Migration) -> None:
-        while not gone.done():
-            await asyncio.wait({gone}, timeout=_POLL_PAUSED_S)
-            if migration.arrived_after_all():
-                log.info("%s: complete after all: its last pages were on their way", self.name)
-                return
-
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=f"{self.name}: {name}")
         self._tasks.add(task)
@@ -281,37 +477,67 @@ class IncomingVm:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        committed = self.migration is not None and self.migration.state.committed
-        if not committed:
-            self._tell_given_up()
+        self._pass_judgement()
+        if not self._ours and self._launcher:
+            self._tell_given_up(self._launcher)
         # In reverse; what one of them meets does not keep the others from being freed.
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._close_sockets)
             stack.callback(self._release_files)
             if self._qemu:
                 stack.push_async_callback(self._qemu.close)
-                if not committed:
+                if not self._ours:
                     # It has no VM and will not get one.
                     stack.push_async_callback(self._end_qemu, self._qemu)
             if self.migration:
                 stack.push_async_callback(self.migration.close)
         log.info("%s: released (%s)", self.name, self.state)
 
-    def _tell_given_up(self) -> None:
+    def _pass_judgement(self) -> None:
+        """Leave word for a source that does not know how it ended, and a record for the next daemon
+        if it has not ended.
+        """
+        migration, qemu = self.migration, self._qemu
+        if self._session is None or self.judged:
+            return
+        confirmed = migration is not None and (
+            migration.state is State.COMPLETED and not migration.unconfirmed
+        )
+        if not self._ours:
+            if migration and migration.state is State.FAILED and migration.prepared:
+                self._judge(Fate.ABORTED, migration.reason)
+        elif confirmed:
+            pass
+        elif migration is not None and migration.guest_ended:
+            self._judge(Fate.ENDED, migration.guest_ended)
+        elif all(area.info().complete for area in self._areas):
+            self._judge(Fate.COMPLETE)
+        elif qemu is not None and not qemu.gone.is_set():
+            return  # the next daemon's, since this one ends
+        elif qemu is not None and qemu.shutdown_reason:
+            self._judge(Fate.ENDED, qemu.shutdown_reason)
+        else:
+            self._judge(Fate.GONE, migration.reason if migration else "its QEMU is gone")
+        self._forget_record()
+
+    def _tell_given_up(self, launcher: Asker) -> None:
         """Have the launcher end its QEMU with an error, unless QEMU ended by itself."""
         if self.migration is None and self._qemu is not None and self._qemu.gone.is_set():
             return
         reason = self.migration.reason if self.migration else self._problem
-        self._launcher.tell("given-up", reason=reason or "umemctl serve stops")
-        self._launcher.dismiss()
+        launcher.tell("given-up", reason=reason or "umemctl serve stops")
+        launcher.dismiss()
 
     async def _end_qemu(self, qemu: Qemu) -> None:
         if not await qemu.end(_END_PATIENCE_S):
             log.error("%s: QEMU (pid %d) does not end: kill it", self.name, qemu.pid)
 
-    def _release_files(self) -> None:
+    def _close_sockets(self) -> None:
         for sock in self._sockets:
             sock.close()
         self._sockets = []
+
+    def _release_files(self) -> None:
         for area in self._areas:
             area.close()
         self._areas = []
@@ -343,7 +569,9 @@ class IncomingVm:
                 hello = await admit(link, self._token)
             finally:
                 self._strangers.release()
-            if hello.lane is Lane.CONTROL:
+            if hello.lane is Lane.CONTROL and hello.resume:
+                migration = await self._resume(hello, link)
+            elif hello.lane is Lane.CONTROL:
                 migration = await self._begin(hello, link)
             elif self.migration is None:
                 await refuse(link, f"session {hello.session} is not known here")
@@ -362,7 +590,7 @@ class IncomingVm:
                     "%s: migration %s%s", self.name, migration.state, _because(migration.reason)
                 )
             finally:
-                self._migrated.set()
+                self._ended.set()
 
     async def _begin(self, hello: Hello, link: AsyncLink) -> Migration:
         with contextlib.suppress(TimeoutError):
@@ -371,30 +599,77 @@ class IncomingVm:
         problem = self._area_problem(hello)
         if not self._ready.is_set():
             problem = "its QEMU has not started yet"
+        elif self.migration is None and self._record is not None:
+            problem = "it has arrived already"
         elif self.migration is not None:
             problem = f"a migration from {self.migration.peer} is {self.migration.state}"
         if problem:
             await refuse(link, f"VM {self.name}: {problem}")
             raise RefusedError(f"{link.peer}: {problem}")
+        self.migration = Migration(self._target(hello), hello, link)
+        log.info("%s: migration of %s begins, from %s", self.name, hello.vm, link.peer)
+        try:
+            await welcome(link, self._token, hello)
+        except LinkError:
+            self.migration.free()
+            self.migration = None
+            raise
+        return self.migration
+
+    def _target(self, hello: Hello) -> Target:
         assert self._qemu is not None
         by_id = {b.id: area for b, area in zip(self.request.blocks, self._areas, strict=True)}
-        target = Target(
+        return Target(
             name=self.name,
             areas=[by_id[area.id] for area in hello.areas],
             qemu=self._qemu,
             incoming=self.request.incoming,
             autostart=self.request.autostart,
             touch=self.request.touch,
-            on_arrival=lambda: self._launcher.tell("arrived"),
+            on_phase=self._note,
+            started=self._started,
         )
-        self.migration = Migration(target, hello, link)
-        log.info("%s: migration of %s begins, from %s", self.name, hello.vm, link.peer)
-        try:
+
+    async def _resume(self, hello: Hello, link: AsyncLink) -> Migration | None:
+        """Take a source back that knows, or believes, that its VM is here.
+
+        Returns the migration that goes on, None when it was told of another VM how it ended.
+        """
+        if await self._verdicts.tell(hello, link, self._token):
+            return None
+        async with self._one_resume:
+            problem = self._area_problem(hello)
+            if hello.session != self._session:
+                problem = f"session {hello.session} is not known here"
+            if problem:
+                await refuse(link, f"VM {self.name}: {problem}")
+                raise RefusedError(f"{link.peer}: {problem}")
+            if self.migration and not self._ended.is_set():
+                self.migration.cut("the source connected anew")
+                await self._ended.wait()
+            if self.migration:
+                await self.migration.close()
             await welcome(link, self._token, hello)
-        except LinkError:
-            self.migration = None
-            raise
-        return self.migration
+            before = self.migration
+            if (before and before.state is not State.POSTCOPY_PAUSED) or not self._ours:
+                # It ends, or has ended; a source that comes again finds a verdict.
+                raise RefusedError(f"{link.peer}: too late to resume {self.name}: {self.state}")
+            self.migration = Migration(
+                self._target(hello), hello, link, before=before, resumed=True
+            )
+            if before:
+                before.free()
+            self._ended.clear()
+            self._resumed.set()
+            log.info("%s: the source is back, from %s", self.name, link.peer)
+            return self.migration
+
+    @property
+    def _session(self) -> str | None:
+        """Return the session of the VM that is here, or nearly was."""
+        if self.migration:
+            return self.migration.hello.session
+        return self._adopted_session
 
     def _area_problem(self, hello: Hello) -> str:
         """Compare the source's RAM with ours."""

@@ -100,7 +100,7 @@ class RamFile:
     def __init__(self, name: str, size: int) -> None:
         """Name it; size is bytes."""
         self.path: Final = runtime.ram_dir() / name / RAM_ID
-        self._record = runtime.commit_record(name)
+        self._name = name
         self._size = size
 
     def create(self) -> None:
@@ -136,14 +136,14 @@ class RamFile:
     @property
     def moved(self) -> bool:
         """Tell whether `umemctl migrate` took the VM away: it left a record, or took the file."""
-        return self._record.exists() or not self.path.exists()
+        return runtime.has_left(self._name) or not self.path.exists()
 
     def remove_unless_served(self) -> None:
         """Remove it, unless it is the only copy of a VM elsewhere, or still served."""
         deadline = time.monotonic() + _DECISION_S
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             # A migration that holds it and has not committed fails now, since QEMU is gone.
-            while not self._record.exists():
+            while not runtime.has_left(self._name):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -157,11 +157,11 @@ class RamFile:
 
 def _refuse_lost(name: str) -> None:
     """Raise CheckError when RAM under this name is what a VM elsewhere still needs."""
-    record = runtime.commit_record(name)
-    if record.exists():
+    if runtime.has_left(name):
         raise CheckError(
-            f"{record} says that a VM {name} runs elsewhere and may need the memory kept here; "
-            "remove that file when it does not, or use another -name"
+            f"{runtime.commit_record(name)} says that a VM {name} runs elsewhere and may need the "
+            f"memory kept here (`umemctl migrate --resume --vm {name}`); remove that file when it "
+            "does not, or use another -name"
         )
 
 
@@ -193,7 +193,15 @@ def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
         raise
 
 
-def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> str:
+def _has_arrived(name: str) -> bool:
+    """Tell whether a daemon that is gone had taken the VM before it could tell us so."""
+    # Not at the top: it is needed when a daemon dies, and importing it costs a start its time.
+    from pyumem.incoming_record import left_behind
+
+    return any(record.name == name and record.ours for record in left_behind())
+
+
+def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient, name: str) -> str:
     """Wait until the VM has arrived, or QEMU has ended.
 
     Without `umemctl serve` there will be no VM: QEMU would wait for ever, and is ended.  Returns
@@ -215,6 +223,8 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
             return ""
         reason = str(said.get("reason"))
     except ControlError:
+        if _has_arrived(name):
+            return ""
         reason = "`umemctl serve` is gone"
     process.terminate()
     ours = {0, -signal.SIGTERM}
@@ -227,7 +237,9 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient) -> st
     return "" if status < 0 and status not in ours else reason
 
 
-def _run_qemu(argv: Sequence[str], signals: Signals, keep: int, serve: ControlClient | None) -> int:
+def _run_qemu(
+    argv: Sequence[str], signals: Signals, keep: int, serve: ControlClient | None, name: str
+) -> int:
     """Run QEMU with this terminal and return its exit status, or 1 if its VM did not arrive.
 
     serve is the connection to the daemon that a VM is expected through.  QEMU inherits the
@@ -242,7 +254,7 @@ def _run_qemu(argv: Sequence[str], signals: Signals, keep: int, serve: ControlCl
         say(f"{argv[0]}: {e.strerror}")
         return 127 if isinstance(e, FileNotFoundError) else 126
     signals.pass_to(process)
-    why = _until_arrival(process, serve) if serve else ""
+    why = _until_arrival(process, serve, name) if serve else ""
     status = process.wait()
     if why:
         say(f"the VM did not arrive, its QEMU was ended: {why}")
@@ -276,8 +288,9 @@ def _launch(wish: Wish, signals: Signals) -> int:
             mem_path = str(ram.path)
             say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
         argv = rewrite(wish, name=name, mem_path=mem_path, qmp_path=str(runtime.qmp_socket(name)))
-        status = _run_qemu(argv, signals, lock.fileno(), serve)
-        if status == 128 + signal.SIGKILL and ram is not None and ram.moved:
+        status = _run_qemu(argv, signals, lock.fileno(), serve, name)
+        moved = ram.moved if ram else runtime.has_left(name)
+        if status == 128 + signal.SIGKILL and moved:
             say(f"VM {name} has moved to another host")
             return 0
         return status

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -31,7 +32,10 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from pyumem.areafs import is_area_file
-from pyumem.errors import CheckError, QemuError
+from pyumem.errors import CheckError, QemuError, UmemError
+from pyumem.process import ProcessName
+
+log = logging.getLogger(__name__)
 
 IGNORE_SHARED: Final = "x-ignore-shared"
 SOURCE_CAPABILITIES: Final = (IGNORE_SHARED, "pause-before-switchover", "events")
@@ -44,6 +48,7 @@ _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 _GREETING_S: Final = 5.0
 _QUIT_S: Final = 5.0
 _RETRY_S: Final = 0.02
+_LATE_RETRY_S: Final = 1.0
 _USE_LAUNCHER: Final = (
     "start the VM with `umem-qemu`, or give QEMU -object memory-backend-file,...,share=on"
 )
@@ -78,6 +83,9 @@ class Qemu:
         self._changed = asyncio.Condition()
         self._listener = EventListener()
         self._tasks: list[asyncio.Task[None]] = []
+        self._problem = ""
+        self.answers = asyncio.Event()
+        """Set when it can be spoken to."""
         self.gone = asyncio.Event()
         """Set when the QMP connection ended: QEMU is gone, or as good as gone."""
         self.migration = "none"
@@ -124,6 +132,7 @@ class Qemu:
             except QMPError as e:
                 raise QemuError(f"QMP socket {path}: {e}") from e
             stack.pop_all()  # both are the new object's
+        qemu.answers.set()
         qemu._tasks = [
             asyncio.create_task(qemu._follow_events(), name=f"qmp events {path}"),
             asyncio.create_task(qemu._follow_end(), name=f"qmp end {path}"),
@@ -141,6 +150,62 @@ class Qemu:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(_RETRY_S)
+
+    @classmethod
+    def adopt(cls, path: Path, process: ProcessName) -> Qemu:
+        """Know a QEMU that cannot be spoken to yet, perhaps since its main loop waits for a page
+        that comes through us.  It is connected to as soon as it answers.
+
+        Raises QemuError when it is gone.
+        """
+        pidfd = process.open()
+        if pidfd is None:
+            raise QemuError(f"QEMU (pid {process.pid}) is gone")
+        qemu = cls(QMPClient("umem"), path, process.pid, pidfd)
+        qemu._identified = True
+        qemu._tasks = [
+            asyncio.create_task(qemu._follow_process(), name=f"process {process.pid}"),
+            asyncio.create_task(qemu._connect_late(), name=f"qmp {path}"),
+        ]
+        return qemu
+
+    async def _follow_process(self) -> None:
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        pidfd = os.dup(self._pidfd)  # wait_exit() watches the other
+        loop.add_reader(pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+        self.gone.set()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _connect_late(self) -> None:
+        while True:
+            try:
+                found = await Qemu.connect(self.path)
+                break
+            except UmemError as e:
+                if str(e) != self._problem:
+                    log.info("QEMU (pid %d): %s; tried again", self.pid, e)
+                    self._problem = str(e)
+                await asyncio.sleep(_LATE_RETRY_S)
+        # Its connection becomes ours; what it knows of the process we know already.
+        self._client, self._listener = found._client, found._listener
+        found._forget()
+        self.answers.set()
+        await self._follow_events()
+
+    def _forget(self) -> None:
+        """Leave the connection to somebody else."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        os.close(self._pidfd)
+        self._pidfd = -1
 
     async def close(self) -> None:
         """Leave QEMU alone; again is harmless."""

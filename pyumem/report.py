@@ -22,6 +22,7 @@ class State(StrEnum):
     DEVICE = "device"  # device state is on its way; the VM may stop
     POSTCOPY_ACTIVE = "postcopy-active"  # committed: the VM runs at the destination, pages flow
     POSTCOPY_PAUSED = "postcopy-paused"  # committed, but pages do not flow: the guest waits
+    POSTCOPY_RECOVER = "postcopy-recover"  # connected again; what is missing is being found out
     COMPLETED = "completed"
     FAILED = "failed"  # before the commit: the VM runs at the source
     CANCELLED = "cancelled"  # the same, on somebody's wish
@@ -29,7 +30,12 @@ class State(StrEnum):
     @property
     def committed(self) -> bool:
         """Tell whether only the destination may run the VM."""
-        return self in (State.POSTCOPY_ACTIVE, State.POSTCOPY_PAUSED, State.COMPLETED)
+        return self in (
+            State.POSTCOPY_ACTIVE,
+            State.POSTCOPY_PAUSED,
+            State.POSTCOPY_RECOVER,
+            State.COMPLETED,
+        )
 
     @property
     def over(self) -> bool:
@@ -49,13 +55,17 @@ class Progress:
     pages_demand: int
     pages_background: int
     pages_zero: int
+    pages_uncounted: int
+    """Pages at the destination that these numbers lack, after a recovery by another process, less
+    those that they have twice, since they were lost on the way.
+    """
     bytes_moved: int
     elapsed_s: float
 
     @property
     def pages_done(self) -> int:
         """Return how many pages need not be sent any more."""
-        return self.pages_demand + self.pages_background + self.pages_zero
+        return self.pages_demand + self.pages_background + self.pages_zero + self.pages_uncounted
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -89,6 +99,8 @@ class Report:
     """Of pages_demand and pages_zero: neighbours that the guest had not touched."""
     pages_background: int = 0
     pages_zero: int = 0
+    pages_released: int = 0
+    """Given back at the source before the end, with --release-ram."""
     requests: int = 0
     demand_latency_p50_us: float | None = None
     """Latencies are the destination's: from reading the request off the driver to the mark."""
@@ -96,6 +108,8 @@ class Report:
     demand_latency_max_us: float | None = None
     bytes_sent_by_lane: dict[str, int] = field(default_factory=dict)
     device_state_bytes: int = 0
+    recoveries: int = 0
+    """How often it was taken up again after the commit."""
     guest_ended: str = ""
     """Why the VM ended at the destination before every page was there; empty if it did not."""
 

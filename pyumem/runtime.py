@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import stat
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from pyumem.errors import ControlError, UmemError, UsageError
+from pyumem.errors import ControlError, UmemError, UsageError, of_system
 from pyumem.hello import valid_name
 
 
@@ -117,8 +118,21 @@ def migrate_dir() -> Path:
 
 
 def commit_record(name: str) -> Path:
-    """Return the file that says that this VM runs elsewhere and still needs its RAM from here."""
+    """Return the file that says that this VM is about to leave, or has left and still needs its RAM
+    from here: see pyumem.commit_record.
+    """
     return migrate_dir() / f"{check_name(name)}.json"
+
+
+def has_left(name: str) -> bool:
+    """Tell whether a VM of this name may run elsewhere and need its RAM from here."""
+    try:
+        record = json.loads(commit_record(name).read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # whatever it was, it is not for us to say that nobody needs it
+    return not isinstance(record, dict) or record.get("committed") is not False
 
 
 class LockFile:
@@ -163,3 +177,17 @@ class LockFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file that others see as it was or as it is, never half of it.
+
+    The directory is a tmpfs, as a rule: it and the processes that it tells of end together, so
+    that nothing is forced to a disk.  Raises UmemError.
+    """
+    new = path.with_suffix(".new")
+    try:
+        new.write_text(json.dumps(record, indent=1) + "\n")
+        new.replace(path)
+    except OSError as e:
+        raise of_system(e) from e

@@ -4,6 +4,9 @@
 It answers the launcher and the status command on its control socket and keeps one IncomingVm for
 each VM that is expected. One daemon per runtime directory: a lock file says who it is.
 
+VMs that a daemon before this one received, and whose memory is not all here yet, are adopted at the
+start: it may have been killed, or ended all the same.
+
 Ending it: SIGTERM or SIGINT ends QEMUs that still wait, gives up migrations before their commit
 (their VMs go on at the source), and stops. While a guest depends on it for its missing pages the
 first signal only says so; a second one stops it, and that guest then waits.
@@ -22,14 +25,18 @@ from typing import Any, Final
 
 import pyumem
 from pyumem import runtime
+from pyumem.address import Address, parse
 from pyumem.areafs import AreaDirectory
 from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
 from pyumem.incoming import IncomingRequest, IncomingVm
+from pyumem.incoming_record import IncomingRecord, left_behind
+from pyumem.verdicts import Verdicts, stay_for
 
 log = logging.getLogger(__name__)
 
 _HISTORY: Final = 20
+_ADOPT_AGAIN_S: Final = 5.0
 _SECOND_S: Final = 60.0
 """Seconds within which a second signal is meant as one."""
 
@@ -43,6 +50,9 @@ class Daemon:
         self._directory = AreaDirectory()
         self._vms: dict[str, IncomingVm] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
+        self._verdicts = Verdicts()
+        self._stays: dict[int, asyncio.Task[None]] = {}
+        self._adoption: asyncio.Task[None] | None = None
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._stop = asyncio.Event()
         self._warned_of: list[str] = []
@@ -74,6 +84,7 @@ class Daemon:
                     "with a token" if self._token else "no token: any peer may send a VM",
                 )
                 on_ready()
+                self._adoption = asyncio.create_task(self._adopt_all(), name="adopt")
                 try:
                     await self._stop.wait()
                 finally:
@@ -95,7 +106,56 @@ class Daemon:
         log.info("%s: stopping", why)
         self._stop.set()
 
+    async def _adopt_all(self) -> None:
+        """Take over what other daemons left, each for itself: one that cannot be had now is tried
+        again and again.
+        """
+        for address in {judged.address for judged in self._verdicts.load() if judged.recent}:
+            self._stay_for(address)
+        await asyncio.gather(*(self._adopt(record) for record in left_behind()))
+
+    async def _adopt(self, record: IncomingRecord) -> None:
+        said = ""
+        while not self._stop.is_set():
+            try:
+                if record.name in self._vms:
+                    raise ControlError("a VM of that name is expected")
+                await self._end_stay(parse(record.listen, listening=True).port)
+                vm = await IncomingVm.adopt(
+                    record, self._token, self._directory.path, self._verdicts
+                )
+            except Exception as e:
+                if str(e) != said:
+                    said = str(e)
+                    log.error("%s: cannot be adopted: %s; tried again", record.name, e)
+                await asyncio.sleep(_ADOPT_AGAIN_S)
+                continue
+            if vm is None:
+                self._stay_for(parse(record.listen, listening=True))
+            else:
+                self._vms[vm.name] = vm
+                self._lives[vm.name] = asyncio.create_task(self._live(vm), name=f"VM {vm.name}")
+            return
+
+    # --- ports that are listened on for sources that come back ---
+
+    def _stay_for(self, address: Address) -> None:
+        there = self._stays.get(address.port)
+        if (there is None or there.done()) and not self._stop.is_set():
+            self._stays[address.port] = asyncio.create_task(
+                stay_for(address, self._verdicts, self._token), name=f"stay for {address}"
+            )
+
+    async def _end_stay(self, port: int) -> None:
+        task = self._stays.pop(port, None)
+        if task:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     async def _end_all(self) -> None:
+        if self._adoption:
+            self._adoption.cancel()
+            await asyncio.gather(self._adoption, return_exceptions=True)
         for vm in self._vms.values():
             if vm.migration:
                 vm.migration.give_up("umemctl serve was stopped")
@@ -111,6 +171,8 @@ class Daemon:
         for life in lives:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
+        for port in list(self._stays):
+            await self._end_stay(port)
 
     # --- questions ---
 
@@ -136,7 +198,8 @@ class Daemon:
             raise ControlError(f"a VM named {request.name} is expected already: give -name another")
         if self._stop.is_set():
             raise ControlError("umemctl serve is stopping")
-        vm = IncomingVm(request, self._token, launcher, self._directory.path)
+        await self._end_stay(request.address.port)
+        vm = IncomingVm(request, self._token, launcher, self._directory.path, self._verdicts)
         self._vms[request.name] = vm
         try:
             areas = await vm.open()
@@ -162,3 +225,5 @@ class Daemon:
                 vm.migration.free()
             self._vms.pop(vm.name, None)
             self._lives.pop(vm.name, None)
+        if vm.judged:
+            self._stay_for(vm.request.address)

@@ -12,8 +12,8 @@ A frame is a header of 24 bytes, all of it big-endian, and a payload of `length`
          4    4  length of the payload in bytes
          8    2  area: index in the list of areas of HELLO
         10    2  reserved, zero
-        12    4  count: of pages (PAGES), of offsets (REQUEST, DISCARD), of ranges (ZERO)
-        16    8  pgoff: first page (PAGES)
+        12    4  count: of pages (PAGES, HAVE), of offsets (REQUEST, DISCARD), of ranges (ZERO)
+        16    8  pgoff: first page (PAGES, HAVE)
 
 The first eight bytes keep their meaning in every version, so that peers of different versions can
 tell each other so.
@@ -48,6 +48,8 @@ MAX_OFFSETS: Final = 4096
 """Most offsets of one REQUEST or DISCARD."""
 MAX_RANGES: Final = 4096
 """Most ranges of one ZERO; what the driver marks in one call."""
+MAX_BITMAP: Final = 32 * 1024
+"""Largest payload of a HAVE, in bytes: 1 GiB of pages of 4 KiB."""
 
 _OFFSET_SIZE: Final = 8
 _RANGE_SIZE: Final = 16
@@ -69,11 +71,14 @@ class Kind(IntEnum):
     BYE = 11  # source, control: seen; both sides may forget
     ABORT = 12  # both ways, control, before COMMIT: JSON with the reason
     PAUSED = 13  # both ways, control, after COMMIT: JSON with the reason; pages do not flow
+    PING = 14  # both ways, control, after COMMIT: nothing but a sign of life
+    VERDICT = 15  # destination, control, after WELCOME to a resume: JSON; what became of the VM
     REQUEST = 16  # destination, urgent: offsets of pages that somebody waits for
     DISCARD = 17  # destination, urgent: offsets of pages that the guest discarded while missing
     PAGES = 18  # source, urgent and background: a run of pages
     ZERO = 19  # source, urgent and background: ranges that are zero
     END = 20  # source, background: this lane has nothing more to send
+    HAVE = 21  # destination, control: a bitmap of pages that are here; see recovery.py, release.py
 
 
 MAX_LENGTH: Final[dict[Kind, int]] = {
@@ -90,11 +95,14 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
     Kind.BYE: 0,
     Kind.ABORT: MAX_JSON,
     Kind.PAUSED: MAX_JSON,
+    Kind.PING: 0,
+    Kind.VERDICT: MAX_JSON,
     Kind.REQUEST: MAX_OFFSETS * _OFFSET_SIZE,
     Kind.DISCARD: MAX_OFFSETS * _OFFSET_SIZE,
     Kind.PAGES: MAX_RUN,
     Kind.ZERO: MAX_RANGES * _RANGE_SIZE,
     Kind.END: 0,
+    Kind.HAVE: MAX_BITMAP,
 }
 
 # What else may come to, or from, a port: the first bytes of a connection and who says them.
@@ -259,6 +267,22 @@ def unpack_ranges(
     for pgoff, count in ranges:
         check_range("ZERO", area, pgoff, count, npages)
     return ranges
+
+
+def pack_bitmap(area: int, pgoff: int, count: int, bits: bytes | memoryview) -> bytes:
+    """Return a HAVE frame: bit i of the bytes, the lowest of each byte first, stands for page
+    pgoff + i.
+    """
+    return pack(Kind.HAVE, len(bits), area, count, pgoff) + bits
+
+
+def check_bitmap(header: Header, area: str, npages: int) -> None:
+    """Check a HAVE header against its area.  Raises ProtocolError."""
+    check_range("HAVE", area, header.pgoff, header.count, npages)
+    if header.length != -(-header.count // 8):
+        raise ProtocolError(
+            f"HAVE of {header.count} page(s) of area {area} with {header.length} bytes"
+        )
 
 
 # --- JSON ---

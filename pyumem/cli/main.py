@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "check": "check that this host can send or receive a VM",
     "list": "list the driver's areas",
     "migrate": "send a VM to another host",
+    "recover": "have a migration connect anew, perhaps to another address",
     "serve": "receive VMs (daemon)",
     "status": "show VMs that are expected and migrations that run",
 }

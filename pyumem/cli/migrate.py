@@ -22,16 +22,19 @@ from pyumem.cli.common import (
     token_option,
 )
 from pyumem.cli.display import make_display, show_report
+from pyumem.commit_record import CommitRecord, names
 from pyumem.control import Asker, ControlServer
 from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
 from pyumem.hello import MAX_LANES, load_token
 from pyumem.lanes.prefetch import MAX_PAGES, Prefetch
 from pyumem.report import Report
-from pyumem.source import Migration, Plan
+from pyumem.serving import Resumed
+from pyumem.source import Migration
+from pyumem.source_base import Plan
 
 
 @click.command()
-@click.argument("uri")
+@click.argument("uri", required=False)
 @click.option("-p", "postcopy", is_flag=True, help="Post-copy: run at the destination at once.")
 @click.option(
     "-n",
@@ -39,6 +42,12 @@ from pyumem.source import Migration, Plan
     is_flag=True,
     help="No background transfer: send only pages that the guest touches.  The migration then ends "
     "when it has touched them all, or after `umemctl background VM`.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with a VM that has left already and still needs its memory from here, when the "
+    "`umemctl migrate` that sent it was killed or ended.  URI only if its address has changed.",
 )
 @click.option(
     "--qmp",
@@ -54,6 +63,12 @@ from pyumem.source import Migration, Plan
     help="TCP connections for pages that nobody asked for yet.",
 )
 @max_bandwidth_option
+@click.option(
+    "--release-ram",
+    is_flag=True,
+    help="Give memory back to this host as the destination confirms it, every few seconds and not "
+    "only at the end.",
+)
 @click.option(
     "--prefetch-forward",
     type=click.IntRange(0, MAX_PAGES),
@@ -72,13 +87,15 @@ from pyumem.source import Migration, Plan
 @token_option
 @json_option
 def command(
-    uri: str,
+    uri: str | None,
     postcopy: bool,
     on_demand_only: bool,
+    resume: bool,
     qmp: Path | None,
     vm: str | None,
     background_lanes: int,
     max_bandwidth: int | None,
+    release_ram: bool,
     prefetch_forward: int,
     prefetch_backward: int,
     token_file: Path | None,
@@ -91,8 +108,13 @@ def command(
     there.
 
     There is one instant of commit.  Before it any failure, and Ctrl-C, leaves the VM running here.
-    After it the VM runs at the destination only, needs its memory from here, and Ctrl-C is refused;
-    if the destination is lost then, the memory is kept (exit status 4).
+    After it the VM runs at the destination only, needs its memory from here, and Ctrl-C is refused.
+
+    When the connection is lost after the commit (postcopy-paused) the guest runs on with the memory
+    that it has, and this command connects again, by itself, until it works; `umemctl recover` has
+    it do so now, or to another address.  Ctrl-C leaves it then (exit status 4): the memory is kept,
+    and `umemctl migrate --resume` goes on with it, also after this command or the host's other
+    daemons were killed.
 
     All RAM of the VM has to be on shared files, as `umem-qemu` makes it.
 
@@ -102,20 +124,25 @@ def command(
       umemctl migrate -p tcp:192.0.2.7:4444 --qmp /run/umem/vm/vm1/qmp.sock
       umemctl migrate -p -n tcp:[2001:db8::7]:4444 --vm vm1
       umemctl migrate -p -n --prefetch-forward 16 tcp:192.0.2.7:4444
+      umemctl migrate --resume --vm vm1
     """
-    if not postcopy:
-        raise NotSupportedError("pre-copy is not there yet: `umemctl migrate -p` does post-copy")
     quiet_qmp()
+    record = _record_of(vm) if resume else None
+    if uri is None and record is None:
+        raise click.UsageError("Missing argument 'URI': where to?  tcp:HOST:PORT")
+    if record is None and not postcopy:
+        raise NotSupportedError("pre-copy is not there yet: `umemctl migrate -p` does post-copy")
     plan = Plan(
-        qmp=_qmp_path(qmp, vm),
-        destination=parse(uri, listening=False),
+        qmp=Path(record.qmp) if record else _qmp_path(qmp, vm),
+        destination=record.address if record and not uri else parse(uri or "", listening=False),
         token=load_token(token_file),
         background=not on_demand_only,
-        background_lanes=background_lanes,
+        background_lanes=record.background_lanes if record else background_lanes,
         max_bandwidth=max_bandwidth,
+        release_ram=release_ram,
         prefetch=Prefetch(prefetch_forward, prefetch_backward),
     )
-    status, report = asyncio.run(_migrate(plan))
+    status, report = asyncio.run(_migrate(plan, record))
     if as_json:
         print_json(report.to_json())
     else:
@@ -138,10 +165,20 @@ def _qmp_path(qmp: Path | None, vm: str | None) -> Path:
     return found[0]
 
 
-async def _migrate(plan: Plan) -> tuple[int, Report]:
+def _record_of(vm: str | None) -> CommitRecord:
+    """Return the record of the VM that is to be gone on with.  Raises UsageError, CheckError."""
+    if vm is None:
+        found = names()
+        if len(found) != 1:
+            raise UsageError(f"which VM?  Give --vm (left this host: {', '.join(found) or 'none'})")
+        (vm,) = found
+    return CommitRecord.read(vm)
+
+
+async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report]:
     """Run it with display, signals and status socket.  Returns the exit status and the report."""
     display = make_display()
-    migration = Migration(plan, display.tell)
+    migration = Resumed(plan, record, display.tell) if record else Migration(plan, display.tell)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -164,8 +201,8 @@ async def _migrate(plan: Plan) -> tuple[int, Report]:
     return status, migration.report
 
 
-async def _tell_status(migration: Migration) -> None:
-    """Answer `umemctl status` and `umemctl background` as soon as the VM's name is known."""
+async def _tell_status(migration: Migration | Resumed) -> None:
+    """Answer `umemctl status` and others as soon as the VM's name is known."""
 
     async def answer(question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
         match question["command"]:
@@ -176,6 +213,10 @@ async def _tell_status(migration: Migration) -> None:
                     migration.set_background(bool(question["on"]))
                 if "max_bandwidth_bytes_s" in question:
                     migration.set_max_bandwidth(bandwidth(question["max_bandwidth_bytes_s"]))
+                return {}
+            case "recover":
+                to = question.get("to")
+                migration.recover(parse(str(to), listening=False) if to else None)
                 return {}
             case unknown:
                 raise ControlError(f"unknown command {unknown!r}")

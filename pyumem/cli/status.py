@@ -43,6 +43,7 @@ def _find_kept(served: Collection[str]) -> list[dict[str, Any]]:
     for path in sorted(runtime.migrate_dir().glob("*.json")):
         if path.stem in served:
             continue
+        left = runtime.has_left(path.stem)
         try:
             record = json.loads(path.read_text())
             ram = [str(block["path"]) for block in record["ram"]]
@@ -52,7 +53,7 @@ def _find_kept(served: Collection[str]) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": path.stem,
-                "state": State.POSTCOPY_PAUSED.value,
+                "state": (State.POSTCOPY_PAUSED if left else State.DEVICE).value,
                 "destination": destination,
                 "ram": ram,
                 "record": str(path),
@@ -70,10 +71,12 @@ def command(as_json: bool) -> None:
     Neither touches guest memory or waits for the network to answer.
 
     States of a migration: setup, device, postcopy-active, postcopy-paused (committed, but pages do
-    not flow: the guest waits), completed, failed, cancelled.  A VM that left and is not served any
-    more, because its `umemctl migrate` ended before every page had moved, is shown as
-    postcopy-paused with the memory that is kept for it here.  Exit status 1 when there is nothing
-    to show.
+    not flow: the guest runs on with what it has), postcopy-recover (connected again), completed,
+    failed, cancelled.  A VM that left and is not served any more, because its `umemctl migrate`
+    ended before every page had moved, is shown as postcopy-paused with the memory that is kept for
+    it here; `umemctl migrate --resume` goes on with it.  One that was killed before the commit,
+    with its VM stopped here, is shown as device; the same command has the VM go on.  Exit status 1
+    when there is nothing to show.
 
     \b
     Examples:

@@ -42,8 +42,12 @@ class UrgentLane:
         stats: StatsBlock,
         *,
         touch: bool = False,
+        resumed: bool = False,
     ) -> None:
-        """Serve the areas over the link.  touch: map pages for the guest as they come."""
+        """Serve the areas over the link.  touch: map pages for the guest as they come; resumed: ask
+        again for what was asked for on a lane that was lost.
+        """
+        self._resumed = resumed
         self._channel = channel
         self._link = link
         self._areas = areas
@@ -61,8 +65,16 @@ class UrgentLane:
         poll.register(parent, select.POLLIN)
         for fd in by_fd:
             poll.register(fd, select.POLLIN)
+        if self._resumed:
+            self._ask_again()
         listening = True
         while True:
+            if listening == bool(self._out):
+                listening = not self._out
+                poll.modify(lane, select.POLLIN if listening else select.POLLIN | select.POLLOUT)
+                for fd in by_fd:
+                    # 0 still reports errors, which _ask() turns into the driver's own words.
+                    poll.modify(fd, select.POLLIN if listening else 0)
             for fd, events in poll.poll():
                 if fd == lane:
                     if events & select.POLLOUT:
@@ -73,12 +85,6 @@ class UrgentLane:
                     return  # there is one command, and it is to stop
                 elif listening or events & ~select.POLLIN:
                     self._ask(by_fd[fd])
-            if listening == bool(self._out):
-                listening = not self._out
-                poll.modify(lane, select.POLLIN if listening else select.POLLIN | select.POLLOUT)
-                for fd in by_fd:
-                    # 0 still reports errors, which _ask() turns into the driver's own words.
-                    poll.modify(fd, select.POLLIN if listening else 0)
 
     def _ask(self, index: int) -> None:
         """Read a batch of requests off the driver and send them."""
@@ -96,6 +102,20 @@ class UrgentLane:
             self._stats.add(Counter.REQUESTS, len(wanted))
         if discarded:
             self._out += wire.pack_offsets(wire.Kind.DISCARD, index, discarded)
+        self._flush()
+
+    def _ask_again(self) -> None:
+        """Ask for what the driver knows as requested and missing.
+
+        What it delivers besides, or delivers again, is asked for once.
+        """
+        for index, area in enumerate(self._areas):
+            base = self._arrivals.slots.bases[index]
+            pages = [page for page in area.open_requests() if self._arrivals.asked_now(base + page)]
+            for at in range(0, len(pages), wire.MAX_OFFSETS):
+                part = pages[at : at + wire.MAX_OFFSETS]
+                self._out += wire.pack_offsets(wire.Kind.REQUEST, index, part)
+            self._stats.add(Counter.REQUESTS, len(pages))
         self._flush()
 
     def _flush(self) -> None:
@@ -138,6 +158,7 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
         Arrivals.attach(slots, fds[2:4]),
         stats,
         touch=message["touch"],
+        resumed=message["resumed"],
     )
     # The parent has to say WELCOME on the socket first.
     if channel.wait_go():

@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import errno
 import mmap
+import sys
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
@@ -42,6 +44,10 @@ BUFFER_SIZE: Final = BUFFER_PAGES * PAGE_SIZE
 _NO_MEMORY_S: Final = 0.2
 _COMING: Final = b"\1"
 _HERE: Final = b"\2"
+_EIGHT_SLOTS: Final = [
+    bytes(_HERE[0] if byte >> bit & 1 else 0 for bit in range(8)) for byte in range(256)
+]
+"""The slots that a byte of a bitmap stands for."""
 
 
 class AreaLike(Protocol):
@@ -63,6 +69,9 @@ class AreaLike(Protocol):
 
     def requests(self) -> memoryview:
         """Requests as words pgoff, flags, ...; empty when there is none."""
+
+    def open_requests(self) -> list[int]:
+        """Pages that were requested and are missing still."""
 
     def mark(self, ranges: Iterable[tuple[int, int]], *, touch: bool = False) -> int:
         """Mark ranges, return how many pages were missing before; touch: map them at once."""
@@ -97,6 +106,16 @@ class Arrivals:
     def fds(self) -> list[int]:
         """Return the descriptors to hand to attach() in another process."""
         return [self.received.fd, self.asked.fd]
+
+    def know(self, slot: int, count: int, words: array[int]) -> int:
+        """Note, before any lane begins, which of `count` pages from a slot on are here already: a
+        bitmap of the driver's, 64 pages to a word.  Returns how many.
+        """
+        if sys.byteorder == "big":
+            words.byteswap()
+        data = b"".join(map(_EIGHT_SLOTS.__getitem__, words.tobytes()))
+        self.received.map[slot : slot + count] = data[:count]
+        return data.count(_HERE, 0, count)
 
     def asked_now(self, slot: int) -> bool:
         """Note that the page is asked for.  False when it was already."""

@@ -17,9 +17,9 @@ from pyumem.errors import LinkError, ProtocolError
 from pyumem.stats import Counter, StatsBlock
 
 DEAD_PEER_S: Final = 300
-"""Seconds without progress after which a lane is given up.  Long: there is no way yet to take a
-migration up again, and a network that comes back after a minute, or a peer that swaps, has lost
-nothing.
+"""Seconds without progress after which a lane is given up by itself.  Long: before the commit a
+network that comes back after a minute, or a peer that swaps, has lost nothing; after it the
+heartbeat of the control lane is the judge (pyumem.heartbeat).
 """
 BACKGROUND_SNDBUF: Final = 256 * 1024
 """Send buffer of a background lane in bytes: what an urgent page may find ahead of it in the

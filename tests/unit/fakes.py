@@ -41,6 +41,7 @@ class FakeArea:
         self.marks: list[tuple[int, int]] = []
         self.touched: list[tuple[int, int]] = []
         self._pending: list[tuple[int, int]] = []
+        self.asked: set[int] = set()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
@@ -51,6 +52,7 @@ class FakeArea:
         with self._lock:
             if not self.cached[pgoff]:
                 self._pending.append((pgoff, flags))
+                self.asked.add(pgoff)
                 os.eventfd_write(self._event, 1)
 
     def wait_cached(self, pgoff: int, timeout: float = 10.0) -> None:
@@ -94,6 +96,9 @@ class FakeArea:
             for _ in taken:
                 os.eventfd_read(self._event)
         return memoryview(array.array("Q", [word for one in taken for word in one]))
+
+    def open_requests(self) -> list[int]:
+        return sorted(page for page in self.asked if not self.cached[page])
 
     def mark(self, ranges: Iterable[tuple[int, int]], *, touch: bool = False) -> int:
         new = 0

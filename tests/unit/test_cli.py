@@ -115,7 +115,7 @@ def test_every_number_of_the_report_has_its_unit() -> None:
     units = ("_ms", "_s", "_us", "_bytes")
     for name, value in Report("vm1", "tcp:a:1", "0", State.COMPLETED).to_json().items():
         if isinstance(value, int | float):
-            counted = name == "requests" or name.startswith(("pages_", "bytes_"))
+            counted = name in ("requests", "recoveries") or name.startswith(("pages_", "bytes_"))
             assert counted or name.endswith(units), name
 
 

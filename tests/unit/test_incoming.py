@@ -20,6 +20,7 @@ from pyumem.hello import AreaSpec
 from pyumem.incoming import IncomingRequest, IncomingVm
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
 from pyumem.uapi import PAGE_SIZE
+from pyumem.verdicts import Verdicts
 from tests.unit.fake_qemu import fake_qemu
 from tests.unit.fakes import open_descriptors
 
@@ -101,7 +102,7 @@ def run(
             autostart=True,
             touch=False,
         )
-        vm = IncomingVm(request, b"", launcher, None)
+        vm = IncomingVm(request, b"", launcher, None, Verdicts())
         await vm.open()
         life = asyncio.create_task(vm.run())
         try:

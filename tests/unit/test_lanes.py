@@ -133,7 +133,9 @@ class World:
         self.links.append(link)
         return link
 
-    def start_urgent(self, prefetch: Prefetch = NO_PREFETCH) -> tuple[Lane, Lane]:
+    def start_urgent(
+        self, prefetch: Prefetch = NO_PREFETCH, *, resumed: bool = False
+    ) -> tuple[Lane, Lane]:
         one, other = tcp_pair()
         source = self._link("su", one)
         destination = self._link("du", other)
@@ -149,7 +151,12 @@ class World:
         )
         dst = Lane(
             lambda channel: destination_urgent.UrgentLane(
-                channel, destination, self.areas, self._arrivals(), self.stats["du"]
+                channel,
+                destination,
+                self.areas,
+                self._arrivals(),
+                self.stats["du"],
+                resumed=resumed,
             ).run()
         )
         self.lanes += [src, dst]
@@ -665,3 +672,23 @@ def test_received_map_notes_whole_ranges() -> None:
     assert not arrivals.coming(0, 3) and not arrivals.coming(4, 1)
     assert arrivals.coming(0, 2) and arrivals.coming(5, 5)
     assert arrivals.asked_now(4) and not arrivals.asked_now(4)
+
+
+def test_what_a_lost_lane_had_asked_for_is_asked_for_again(tmp_path: Path) -> None:
+    """More of it than the socket takes at once, and new requests come as well."""
+    npages = 40000
+    world = World(tmp_path, sizes=(npages, 100))
+    try:
+        for page in range(npages):
+            world.areas[0].touch(page)
+        world.areas[0].requests()  # by the lane that was lost
+        world.areas[0].touch(5)  # delivered twice, and sent once
+        source, _ = world.start_urgent(resumed=True)
+        world.areas[1].touch(7)
+        time.sleep(0.3)
+        source.go()
+        world.areas[1].wait_cached(7)
+        world.areas[0].wait_complete()
+        assert world.stats["du"].read().requests == npages + 1
+    finally:
+        world.close()

@@ -62,3 +62,24 @@ def test_private(tmp_path: Path) -> None:
     made = runtime.make_private(tmp_path / "a")
     assert made.stat().st_mode & 0o777 == 0o700
     assert runtime.make_private(made) == made
+
+
+@pytest.mark.parametrize(
+    ("record", "left"),
+    [
+        (None, False),
+        ('{"committed": false}', False),
+        ('{"committed": true}', True),
+        ("{}", True),
+        ("[]", True),
+        ("", True),
+    ],
+)
+def test_a_vm_has_left_unless_its_record_says_that_it_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str | None, left: bool
+) -> None:
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "migrate").mkdir()
+    if record is not None:
+        runtime.commit_record("vm1").write_text(record)
+    assert runtime.has_left("vm1") is left

@@ -19,7 +19,8 @@ from pyumem.hello import Lane
 from pyumem.qemu import SOURCE_CAPABILITIES, Qemu
 from pyumem.ram import PAGE_SIZE
 from pyumem.report import State
-from pyumem.source import Migration, Plan
+from pyumem.source import Migration
+from pyumem.source_base import Plan
 from pyumem.stats import StatsBlock
 from pyumem.workers import Worker
 from tests.unit.fake_qemu import fake_qemu
@@ -43,19 +44,26 @@ class Scene:
             background_lanes=background_lanes,
         )
         self.migration = Migration(plan, self.said.append)
-        self.broken = asyncio.get_running_loop().create_future()
-        self.migration._broken = self.broken
+        self.migration._claims = ClaimMap.create(Slots([100]))
+        self.all_lanes = self.migration._new_lanes()
+        self.broken = self.all_lanes.broken
         self.lanes = {}
         for lane in (Lane.URGENT, Lane.BACKGROUND):
-            worker = Worker(lane.value, StatsBlock.create("test"), self.migration._worker_failed)
-            self.lanes[lane] = self.migration._lanes[lane, 0] = worker
+            worker = Worker(lane.value, StatsBlock.create("test"), self.all_lanes.worker_failed)
+            self.lanes[lane] = self.all_lanes.workers[lane, 0] = worker
+
+    def commit(self) -> None:
+        self.migration.state = State.POSTCOPY_ACTIVE
+        self.all_lanes._idle_may_be_lost = True
 
     def lose(self, lane: Lane) -> None:
-        self.migration._worker_failed(self.lanes[lane], f"{lane}: lost")
+        self.all_lanes.worker_failed(self.lanes[lane], f"{lane}: lost")
 
     def close(self) -> None:
         for worker in self.lanes.values():
             worker.close()
+        assert self.migration._claims
+        self.migration._claims.close()
 
 
 def run(
@@ -73,7 +81,7 @@ def run(
 
 def test_a_background_lane_that_has_not_begun_may_be_lost() -> None:
     async def work(scene: Scene) -> None:
-        scene.migration.state = State.POSTCOPY_ACTIVE
+        scene.commit()
         scene.lose(Lane.BACKGROUND)
         assert not scene.broken.done()
         assert scene.said == ["background: lost; no page is lost with it"]
@@ -88,7 +96,8 @@ def test_a_background_lane_that_has_not_begun_may_be_lost() -> None:
 def test_the_background_has_a_pace() -> None:
     async def work(scene: Scene) -> None:
         migration = scene.migration
-        claims = migration._claims = ClaimMap.create(Slots([100]))
+        claims = migration._claims
+        assert claims
         seen = []
         changes: list[Callable[[], None]] = [
             lambda: migration.set_max_bandwidth(8000),
@@ -101,15 +110,14 @@ def test_the_background_has_a_pace() -> None:
             change()
             seen.append((migration.to_json()["background"], claims.pace))
         assert seen == [(True, 2000), (False, 0), (False, 0), (True, 1), (True, UNPACED)]
-        claims.close()
 
     run(work, background=True, background_lanes=4)
 
 
 def test_a_background_lane_that_has_sent_all_may_be_lost() -> None:
     async def work(scene: Scene) -> None:
-        scene.migration.state = State.POSTCOPY_ACTIVE
-        scene.migration._go(Lane.BACKGROUND)
+        scene.commit()
+        scene.all_lanes.go(Lane.BACKGROUND)
         scene.lanes[Lane.BACKGROUND].drained = True
         scene.lose(Lane.BACKGROUND)
         assert not scene.broken.done()
@@ -201,7 +209,7 @@ def test_another_lane_that_is_lost_breaks_the_migration(state: State) -> None:
     async def work(scene: Scene) -> None:
         scene.migration.state = state
         if state.committed:
-            scene.migration._go(Lane.BACKGROUND)
+            scene.all_lanes.go(Lane.BACKGROUND)
         scene.lose(Lane.BACKGROUND)
         assert isinstance(scene.broken.exception(), LinkError)
 

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What both halves of the source's life share: the VM's RAM, the lanes of the moment, what is
+known of how far it is, and what the operator may change while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyumem.address import Address
+from pyumem.claims import UNPACED, ClaimMap, Slots
+from pyumem.errors import UmemError
+from pyumem.hello import Lane
+from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
+from pyumem.qemu import Qemu, RamBlock
+from pyumem.ram import PAGE_SIZE
+from pyumem.release import Release
+from pyumem.report import Progress, Report, State
+from pyumem.source_lanes import Lanes, Session
+from pyumem.stats import Totals
+from pyumem.wire import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done."""
+
+    qmp: Path
+    destination: Address
+    token: bytes
+    background: bool = True
+    """False: pages only on request (`-n`), until set_background() says otherwise."""
+    background_lanes: int = 1
+    max_bandwidth: int | None = None
+    """Bytes per second of all background lanes together; None: as fast as they can."""
+    release_ram: bool = False
+    """Give pages back to the host as soon as the destination has them."""
+    prefetch: Prefetch = NO_PREFETCH
+    """Neighbours of requested pages that are sent unasked."""
+
+
+class SourceBase:
+    """State, and the answers to those who ask for it."""
+
+    def __init__(self, plan: Plan, tell: Callable[[str], None], session: str) -> None:
+        """Take nothing yet.  tell() gets the lines that the user should see."""
+        self._plan = plan
+        self._user = tell
+        self._session_id = session
+        self._to = plan.destination
+        self.state = State.SETUP
+        self.vm = ""
+        self.locked = False
+        """True from when the VM's name is known and this process has it for itself."""
+        self._started = time.monotonic()
+        self._was_running = False
+        self._qemu: Qemu | None = None
+        self._ram: list[RamBlock] = []
+        self._ram_fds: list[int] = []
+        self._claims: ClaimMap | None = None
+        self._release: Release | None = None
+        self._lanes: Lanes | None = None
+        self._past: dict[str, Totals] = {}
+        """What lanes that are closed have moved, by their names."""
+        self._uncounted = 0
+        self._background = plan.background
+        self._max_bandwidth = plan.max_bandwidth
+        self._device_bytes = 0
+        self._stopped_at = 0.0
+        self.report = Report("", str(self._to), session, State.SETUP)
+
+    def _tell(self, text: str) -> None:
+        """Tell the user.  A terminal that is gone or a full disk must not harm the VM."""
+        with contextlib.suppress(OSError, ValueError):
+            self._user(text)
+
+    # --- what is known ---
+
+    def _by_lane(self) -> dict[str, Totals]:
+        """Return what each lane has moved, in all its lives."""
+        found = dict(self._past)
+        for (lane, index), worker in (self._lanes.workers if self._lanes else {}).items():
+            name = f"{lane.value}-{index}"
+            found[name] = found.get(name, Totals()) + worker.totals()
+        return found
+
+    def _totals(self, lane: Lane) -> Totals:
+        return sum((t for name, t in self._by_lane().items() if name.startswith(lane)), Totals())
+
+    def progress(self) -> Progress:
+        """Return how far it is."""
+        urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
+        return Progress(
+            state=self.state,
+            pages_total=sum(block.size for block in self._ram) // PAGE_SIZE,
+            pages_demand=urgent.pages,
+            pages_background=background.pages,
+            pages_zero=urgent.zero_pages + background.zero_pages,
+            pages_uncounted=self._uncounted,
+            bytes_moved=urgent.bytes_sent + background.bytes_sent,
+            elapsed_s=round(time.monotonic() - self._started, 3),
+        )
+
+    def _count_anew(self, there: int) -> None:
+        """Know that so many pages are at the destination, whatever was counted so far."""
+        self._uncounted = 0
+        self._uncounted = there - self.progress().pages_done
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what status shows."""
+        return {
+            "name": self.vm,
+            "destination": str(self._to),
+            "session": self._session_id,
+            "background": self._background,
+            "max_bandwidth_bytes_s": self._max_bandwidth,
+            "pid": os.getpid(),
+            "error": self.report.error,
+            "recoveries": self.report.recoveries,
+            **self.progress().to_json(),
+            "workers": [
+                {"lane": f"{lane.value}-{index}", "pid": worker.pid}
+                for (lane, index), worker in (self._lanes.workers if self._lanes else {}).items()
+            ],
+        }
+
+    def _fill_report(self) -> None:
+        report, progress = self.report, self.progress()
+        report.state = self.state
+        report.destination = str(self._to)
+        report.total_s = round(time.monotonic() - self._started, 3)
+        report.pages_demand = progress.pages_demand
+        report.pages_prefetched = self._totals(Lane.URGENT).prefetched
+        report.pages_background = progress.pages_background
+        report.pages_zero = progress.pages_zero
+        report.pages_released = self._release.pages if self._release else 0
+        report.device_state_bytes = self._device_bytes
+        report.bytes_sent_by_lane = {"control": self._device_bytes} | {
+            name: totals.bytes_sent for name, totals in self._by_lane().items()
+        }
+
+    def _take_ram(self, ram: list[RamBlock]) -> None:
+        """Know the RAM blocks from now on."""
+        self._ram = ram
+        self.report.ram_bytes = sum(block.size for block in ram)
+        self.report.page_size_bytes = PAGE_SIZE
+        self.report.pages_total = self.report.ram_bytes // PAGE_SIZE
+
+    def _make_claims(self) -> None:
+        """Make the map in which nothing is sent yet.
+
+        Raises CheckError for RAM of which nothing can be given back, if that is wanted.
+        """
+        if self._plan.release_ram:
+            self._release = Release(self._ram)
+        self._claims = ClaimMap.create(Slots([block.size // PAGE_SIZE for block in self._ram]))
+        self._set_pace()
+
+    # --- what may be changed ---
+
+    def set_background(self, on: bool) -> None:
+        """Switch the background transfer on or off; pages come on request either way.
+
+        Raises UmemError for what cannot be.
+        """
+        if not on:
+            self._background = False
+        elif not self._background:
+            if self._lanes and self._lanes.background_lost:
+                raise UmemError("the connection for it was lost; pages still come on request")
+            self._background = True
+            if self._lanes and self.state is State.POSTCOPY_ACTIVE:
+                self._lanes.go(Lane.BACKGROUND)
+        self._set_pace()
+
+    def set_max_bandwidth(self, bytes_s: int | None) -> None:
+        """Limit the background transfer to so many bytes per second, None for no limit.  Requested
+        pages are never limited.
+        """
+        self._max_bandwidth = bytes_s
+        self._set_pace()
+
+    def _set_pace(self) -> None:
+        if self._claims is None:
+            return
+        pace = UNPACED
+        if not self._background:
+            pace = 0
+        elif self._max_bandwidth is not None:
+            pace = max(1, self._max_bandwidth // self._plan.background_lanes)
+        self._claims.pace = pace
+
+    # --- lanes ---
+
+    def _expected(self, kind: Kind) -> bool:
+        """Tell whether the destination may say that now."""
+        if kind is Kind.PREPARED:
+            return self.state is State.DEVICE
+        return self.state.committed
+
+    def _new_lanes(self) -> Lanes:
+        """Return lanes that are not connected yet; they are the ones of the moment from now on."""
+        assert self._claims is not None
+        session = Session(
+            id=self._session_id,
+            vm=self.vm,
+            token=self._plan.token,
+            background_lanes=self._plan.background_lanes,
+            prefetch=self._plan.prefetch,
+            ram=self._ram,
+            ram_fds=self._ram_fds,
+            claims=self._claims,
+            release=self._release,
+        )
+        self._lanes = Lanes(session, self._to, self._tell, self._expected)
+        return self._lanes
+
+    async def _drop_lanes(self) -> None:
+        """Close the lanes of the moment and remember what they have moved."""
+        if self._lanes is None:
+            return
+        await self._lanes.close()
+        self._past = self._by_lane()
+        self._lanes.free()
+        self._lanes = None
+
+    # --- the end ---
+
+    async def _close(self) -> None:
+        await self._drop_lanes()
+        if self._qemu is not None:
+            await self._qemu.close()
+        if self._claims is not None:
+            self._claims.close()
+        if self._release is not None:
+            self._release.close()
+        for fd in self._ram_fds:
+            os.close(fd)
