@@ -22,6 +22,7 @@ CMD ?=
 # Of the long runs; without SEED each takes another one, and prints it.
 SECONDS ?= 600
 SEED ?=
+MOVES ?= 200
 
 ACCEL ?= kvm
 FLAGS ?=
@@ -138,6 +139,11 @@ stress-driver: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## everything at once on 
 .PHONY: test-migration
 test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole migrations, in the VM (KERNEL=)
 	@$(RUN_TESTS) migration
+
+.PHONY: test-chaos
+test-chaos: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## a guest moved again and again while something breaks each time (MOVES= SEED= KERNEL=)
+	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $@ \
+		--timeout $$(($(MOVES) * 120 + 600)) -- python -m tests.migration.chaos $(MOVES) $(SEED)
 
 .PHONY: test-debug-kernel
 test-debug-kernel: ## tests of the driver on a kernel with KASAN, lockdep, kmemleak and fault injection, built once
