@@ -197,6 +197,7 @@ class Chaos:
             assert status in (1, 3, 130, *killed), f"{status}: {move.migrate.said()}"
             if move.to.world.vm(move.to.vm).get("state") == "waiting":
                 move.new_qemu.end()  # the other never came to it
+                return False
             assert move.new_qemu.wait() != 0, "the QEMU that waited in vain is still there"
             return False
 

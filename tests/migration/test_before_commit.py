@@ -30,6 +30,9 @@ from tests.migration.world import (
 from tests.vm.guest import GuestConsole, GuestSpec
 from tests.vm.hosts import Link
 
+# What is tried here is in the daemons, whatever kernel they run on.
+pytestmark = pytest.mark.one_kernel
+
 # TCG: this guest lives for minutes, and the test machine's emulated SVM may reset one that runs
 # under KVM, see Documentation/testing.rst.  Nothing here is about KVM.
 SPEC = GuestSpec(workload="verify", writers=1, mb=24, memory="96M", accel="tcg")
@@ -89,7 +92,6 @@ STRANGERS = [
 ]
 
 
-@pytest.mark.one_kernel
 def test_bad_peers_of_a_waiting_vm(scene: Scene) -> None:
     """Strangers, liars and mistakes, one after the other; the VM goes on waiting."""
     w, serve = scene.w, scene.serve
@@ -143,7 +145,6 @@ def say_to_port(w: World, words: list[bytes]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.one_kernel
 def test_another_version_at_the_destination(scene: Scene) -> None:
     """A peer from the future greets the source."""
     frame = wire.pack_json(Kind.CHALLENGE, {"nonce": "ab" * 32, "software": "umem 9"})
@@ -212,7 +213,6 @@ def test_serve_is_killed(scene: Scene, expected: tuple[Program, GuestConsole]) -
     scene.serve = scene.w.serve("--token-file", str(scene.token))
 
 
-@pytest.mark.one_kernel
 def test_serve_is_stopped(scene: Scene, expected: tuple[Program, GuestConsole]) -> None:
     migrate = begin_slowly(scene)
     scene.serve.process.terminate()
