@@ -107,7 +107,7 @@ def test_the_end_is_told_to_a_source_that_missed_it(tmp_path: Path) -> None:
         w.source.link_up(True)
         assert migrate.wait() == 4, migrate.said()
         assert "says gone" in migrate.said() and "ram0" in migrate.said()
-        serve.wait_said("the source was told: gone")
+        serve.wait_said(" was told: gone")
         eventually(lambda: w.areas() == [], why="an area was left behind")
         # The port is free for another at once.
         w.expect(SPEC, name="vm2")
