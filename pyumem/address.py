@@ -20,12 +20,13 @@ class Address:
 
     def __str__(self) -> str:
         """Return the form that parse() takes."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = f"[{self.host}]" if ":" in self.host else self.host or "0"
         return f"tcp:{host}:{self.port}"
 
 
 def parse(uri: str, *, listening: bool) -> Address:
-    """Read tcp:HOST:PORT or tcp:[IPV6]:PORT.  HOST 0 or empty is any address, for a listener only.
+    """Read tcp:HOST:PORT or tcp:[IPV6]:PORT.  For a listener only: HOST 0 is any address, an empty
+    one is this host's loopback.
 
     Raises UsageError for anything else.
     """
@@ -41,13 +42,11 @@ def parse(uri: str, *, listening: bool) -> Address:
         host, colon, port = rest.rpartition(":")
         if not colon or ":" in host:
             raise UsageError(f"{uri}: {_EXAMPLE}")
-    if host == "0":
-        host = ""
     if not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
         raise UsageError(f"{uri}: {port!r} is no port within 1..65535; {_EXAMPLE}")
-    if not host and not listening:
+    if not listening and host in ("", "0"):
         raise UsageError(f"{uri}: it names no host to connect to; {_EXAMPLE}")
-    return Address(host, int(port))
+    return Address("" if host == "0" else host or "localhost", int(port))
 
 
 def listen(address: Address, backlog: int = 64) -> list[socket.socket]:

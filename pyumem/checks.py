@@ -21,6 +21,7 @@ from pyumem.control import ControlClient
 from pyumem.errors import UmemError
 from pyumem.hello import load_token
 from pyumem.qemu import DESTINATION_CAPABILITIES, SOURCE_CAPABILITIES
+from pyumem.tls import DEFAULT_DIRECTORY, find_credentials
 from pyumem.uapi import DEVICE
 
 _QEMU_S: Final = 60
@@ -199,10 +200,30 @@ def token() -> Finding:
     return Finding("token", Level.OK, "/etc/umem/token is there")
 
 
+def tls() -> Finding:
+    """Are there TLS credentials, and do they work with one another?"""
+    recipe = f"scripts/make-certificates.sh {DEFAULT_DIRECTORY} 365 {os.uname().nodename}"
+    try:
+        found = find_credentials(None)
+        if found is None:
+            return Finding(
+                "tls",
+                Level.NOTE,
+                f"no {DEFAULT_DIRECTORY}: VMs move on this host only, or with --insecure",
+                f"{recipe}    # and see Documentation/usage.rst: one CA for all hosts",
+            )
+        expires = found.rehearse()
+    except UmemError as e:
+        return Finding("tls", Level.BAD, str(e), recipe)
+    return Finding("tls", Level.OK, f"{DEFAULT_DIRECTORY} can be used until {expires:%Y-%m-%d}")
+
+
 def all_checks(binary: str) -> Iterator[Finding]:
     """Do all of them, one after the other."""
     yield driver()
     yield qemu(binary)
-    checks: tuple[Callable[[], Finding], ...] = (kvm, huge_pages, memory, ram_files, token, serve)
+    checks: tuple[Callable[[], Finding], ...] = (
+        *(kvm, huge_pages, memory, ram_files, tls, token, serve),
+    )
     for check in checks:
         yield check()

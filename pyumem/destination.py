@@ -43,6 +43,7 @@ from pyumem.recovery import Fate, Verdict, tell_have
 from pyumem.release import CONFIRM_S
 from pyumem.report import Progress, State, arrival_report, totals_of
 from pyumem.stats import StatsBlock, Totals
+from pyumem.tls import LaneSecurity
 from pyumem.wire import Kind
 from pyumem.workers import Worker, stop_all
 
@@ -93,6 +94,7 @@ class Migration:
         target: Target,
         hello: Hello,
         link: AsyncLink,
+        lanes: LaneSecurity,
         *,
         before: Migration | None = None,
         resumed: bool = False,
@@ -107,6 +109,7 @@ class Migration:
         self.recoveries: int = before.recoveries if before else 0
         self._past = {lane: before._totals(lane) if before else Totals() for lane in Lane}
         self.hello: Final = hello
+        self.lanes: Final = lanes
         self._link = link
         self.state = State.POSTCOPY_RECOVER if resumed else State.SETUP
         self.reason = ""
@@ -181,7 +184,7 @@ class Migration:
 
     # --- lanes ---
 
-    async def add_lane(self, hello: Hello, link: AsyncLink, token: bytes) -> None:
+    async def add_lane(self, hello: Hello, link: AsyncLink) -> None:
         """Take a page lane: start its worker, hand it the socket, say WELCOME.
 
         Raises RefusedError (the peer was told), WorkerError, LinkError; the migration goes on, or
@@ -207,11 +210,12 @@ class Migration:
                     "peer": link.peer,
                     "touch": self._target.touch,
                     "resumed": self._resumed,
+                    "tls": self.lanes.to_json(),
                 }
                 await worker.start(module, message, fds)
                 self._lanes[key] = worker
                 greeter = AsyncLink(sock, link.peer)
-                await welcome(greeter, token, hello)
+                await welcome(greeter, self.lanes.token, hello)
                 sock.setblocking(True)
                 if self._closed or self._broken.done():
                     raise LinkError(f"{link.peer}: {name} came too late")

@@ -114,15 +114,37 @@ class Challenge:
 
     nonce: str
     software: str
+    tls: bool = False
+    """A control lane has to go on under TLS.  (Who is not known yet is not told the version.)"""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"nonce": self.nonce, "software": self.software}
+        return {"nonce": self.nonce, "software": self.software, "tls": self.tls}
 
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> Challenge:
         """Check and read the JSON form.  Raises ProtocolError."""
-        return cls(_matching(message, "nonce", _NONCE), text(message, "software"))
+        return cls(
+            _matching(message, "nonce", _NONCE), text(message, "software"), flag(message, "tls")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What the destination says to a connection that it takes."""
+
+    software: str
+    lane_secret: str = ""
+    """Under TLS, on the control lane: the token of its page lanes, whose greeting is in clear."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"software": self.software, "lane_secret": self.lane_secret}
+
+    @classmethod
+    def from_json(cls, message: dict[str, Any]) -> Welcome:
+        """Check and read the JSON form.  Raises ProtocolError."""
+        return cls(text(message, "software"), text(message, "lane_secret"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,9 @@ from pyumem.errors import (
     QemuError,
     RefusedError,
     UmemError,
+    UsageError,
 )
-from pyumem.greeting import WELCOME_S, AsyncLink, admit, refuse, welcome
+from pyumem.greeting import WELCOME_S, AsyncLink, admit, lane_security, refuse, welcome
 from pyumem.hello import MAX_AREAS, AreaSpec, Hello, Lane, flag, text, valid_name
 from pyumem.incoming_record import IncomingRecord
 from pyumem.lanes.link import tune
@@ -45,6 +46,7 @@ from pyumem.process import ProcessName
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
 from pyumem.recovery import Fate
 from pyumem.report import State
+from pyumem.tls import Security
 from pyumem.uapi import PAGE_SIZE
 from pyumem.verdicts import Judged, Verdicts
 
@@ -101,7 +103,7 @@ class IncomingVm:
     def __init__(
         self,
         request: IncomingRequest,
-        token: bytes,
+        security: Security,
         launcher: Asker | None,
         directory: Path | None,
         verdicts: Verdicts,
@@ -115,7 +117,7 @@ class IncomingVm:
         self.request: Final = request
         self._launcher = launcher
         self._problem = ""
-        self._token = token
+        self._security = security
         self._areas: list[Area] = []
         self._sockets: list[socket.socket] = []
         self._qemu: Qemu | None = None
@@ -190,7 +192,7 @@ class IncomingVm:
         Returns where each RAM block is to be found.  Raises UsageError, DriverError.
         """
         try:
-            self._sockets = listen(self.request.address)
+            self._sockets = await self._listen()
             for block in self.request.blocks:
                 # An ioctl that allocates; not in the event loop.
                 area = await asyncio.to_thread(Area.create, f"{self.name}.{block.id}", block.size)
@@ -208,6 +210,17 @@ class IncomingVm:
             {"id": block.id, "path": self._path(area), "size_bytes": area.size}
             for area, block in zip(self._areas, self.request.blocks, strict=True)
         ]
+
+    async def _listen(self) -> list[socket.socket]:
+        """Return the port's sockets.  Raises UsageError."""
+        address = self.request.address
+        # May ask a name server; not in the event loop.
+        if not await asyncio.to_thread(self._security.admits, address):
+            raise UsageError(
+                f"{address} is open to the network and umemctl serve has no TLS credentials: start "
+                "it with --tls-creds DIR, or with --insecure; or use tcp:localhost:PORT"
+            )
+        return listen(address)
 
     async def run(self) -> None:
         """Live until the VM is here, or is not to come any more.
@@ -227,7 +240,11 @@ class IncomingVm:
 
     @classmethod
     async def adopt(
-        cls, record: IncomingRecord, token: bytes, directory: Path | None, verdicts: Verdicts
+        cls,
+        record: IncomingRecord,
+        security: Security,
+        directory: Path | None,
+        verdicts: Verdicts,
     ) -> IncomingVm | None:
         """Take over a VM whose daemon is no more.
 
@@ -243,7 +260,7 @@ class IncomingVm:
             autostart=record.autostart,
             touch=record.touch,
         )
-        vm = cls(request, token, None, directory, verdicts)
+        vm = cls(request, security, None, directory, verdicts)
         vm._record, vm._adopted_session = record, record.hello.session
         vm._ours = record.ours
         if not record.ours:
@@ -257,7 +274,7 @@ class IncomingVm:
             vm._judge(Fate.GONE, str(e))
             return None
         try:
-            vm._sockets = listen(request.address)
+            vm._sockets = await vm._listen()
             for block, number in zip(record.areas, record.area_ids, strict=True):
                 area = await vm._reattach(number)
                 vm._areas.append(area)
@@ -566,7 +583,7 @@ class IncomingVm:
         migration = None
         try:
             try:
-                hello = await admit(link, self._token)
+                hello = await admit(link, self._security, self._lane_token)
             finally:
                 self._strangers.release()
             if hello.lane is Lane.CONTROL and hello.resume:
@@ -577,7 +594,7 @@ class IncomingVm:
                 await refuse(link, f"session {hello.session} is not known here")
                 raise RefusedError(f"{link.peer}: {hello.lane} lane without a session")
             else:
-                await self.migration.add_lane(hello, link, self._token)
+                await self.migration.add_lane(hello, link)
         except (ProtocolError, LinkError, RefusedError, UmemError, OSError) as e:
             log.warning("%s: connection refused: %s", self.name, e)
         finally:
@@ -606,10 +623,11 @@ class IncomingVm:
         if problem:
             await refuse(link, f"VM {self.name}: {problem}")
             raise RefusedError(f"{link.peer}: {problem}")
-        self.migration = Migration(self._target(hello), hello, link)
+        lanes = lane_security(link, self._security)
+        self.migration = Migration(self._target(hello), hello, link, lanes)
         log.info("%s: migration of %s begins, from %s", self.name, hello.vm, link.peer)
         try:
-            await welcome(link, self._token, hello)
+            await welcome(link, self._security.token, hello, lanes)
         except LinkError:
             self.migration.free()
             self.migration = None
@@ -635,7 +653,7 @@ class IncomingVm:
 
         Returns the migration that goes on, None when it was told of another VM how it ended.
         """
-        if await self._verdicts.tell(hello, link, self._token):
+        if await self._verdicts.tell(hello, link, self._security.token):
             return None
         async with self._one_resume:
             problem = self._area_problem(hello)
@@ -649,13 +667,14 @@ class IncomingVm:
                 await self._ended.wait()
             if self.migration:
                 await self.migration.close()
-            await welcome(link, self._token, hello)
+            lanes = lane_security(link, self._security)
+            await welcome(link, self._security.token, hello, lanes)
             before = self.migration
             if (before and before.state is not State.POSTCOPY_PAUSED) or not self._ours:
                 # It ends, or has ended; a source that comes again finds a verdict.
                 raise RefusedError(f"{link.peer}: too late to resume {self.name}: {self.state}")
             self.migration = Migration(
-                self._target(hello), hello, link, before=before, resumed=True
+                self._target(hello), hello, link, lanes, before=before, resumed=True
             )
             if before:
                 before.free()
@@ -663,6 +682,9 @@ class IncomingVm:
             self._resumed.set()
             log.info("%s: the source is back, from %s", self.name, link.peer)
             return self.migration
+
+    def _lane_token(self) -> bytes | None:
+        return self.migration.lanes.token if self.migration else None
 
     @property
     def _session(self) -> str | None:

@@ -31,6 +31,7 @@ from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
 from pyumem.incoming import IncomingRequest, IncomingVm
 from pyumem.incoming_record import IncomingRecord, left_behind
+from pyumem.tls import Security
 from pyumem.verdicts import Verdicts, stay_for
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ _SECOND_S: Final = 60.0
 class Daemon:
     """The daemon.  run() until a signal ends it."""
 
-    def __init__(self, token: bytes) -> None:
+    def __init__(self, security: Security) -> None:
         """Take nothing yet."""
-        self._token = token
+        self._security = security
         self._directory = AreaDirectory()
         self._vms: dict[str, IncomingVm] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
@@ -81,7 +82,7 @@ class Daemon:
                     "ready on %s (pid %d, %s)",
                     runtime.serve_socket(),
                     os.getpid(),
-                    "with a token" if self._token else "no token: any peer may send a VM",
+                    self._security.describe(),
                 )
                 on_ready()
                 self._adoption = asyncio.create_task(self._adopt_all(), name="adopt")
@@ -122,7 +123,7 @@ class Daemon:
                     raise ControlError("a VM of that name is expected")
                 await self._end_stay(parse(record.listen, listening=True).port)
                 vm = await IncomingVm.adopt(
-                    record, self._token, self._directory.path, self._verdicts
+                    record, self._security, self._directory.path, self._verdicts
                 )
             except Exception as e:
                 if str(e) != said:
@@ -143,7 +144,7 @@ class Daemon:
         there = self._stays.get(address.port)
         if (there is None or there.done()) and not self._stop.is_set():
             self._stays[address.port] = asyncio.create_task(
-                stay_for(address, self._verdicts, self._token), name=f"stay for {address}"
+                stay_for(address, self._verdicts, self._security), name=f"stay for {address}"
             )
 
     async def _end_stay(self, port: int) -> None:
@@ -187,7 +188,8 @@ class Daemon:
             "pid": os.getpid(),
             "version": pyumem.__version__,
             "runtime_dir": str(runtime.runtime_dir()),
-            "token": bool(self._token),
+            "token": bool(self._security.token),
+            "tls": self._security.credentials is not None,
             "vms": [vm.to_json() for vm in self._vms.values()],
             "history": list(self._history),
         }
@@ -199,7 +201,7 @@ class Daemon:
         if self._stop.is_set():
             raise ControlError("umemctl serve is stopping")
         await self._end_stay(request.address.port)
-        vm = IncomingVm(request, self._token, launcher, self._directory.path, self._verdicts)
+        vm = IncomingVm(request, self._security, launcher, self._directory.path, self._verdicts)
         self._vms[request.name] = vm
         try:
             areas = await vm.open()

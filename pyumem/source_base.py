@@ -24,6 +24,7 @@ from pyumem.release import Release
 from pyumem.report import Progress, Report, State
 from pyumem.source_lanes import Lanes, Session
 from pyumem.stats import Totals
+from pyumem.tls import Security
 from pyumem.wire import Kind
 
 
@@ -33,7 +34,7 @@ class Plan:
 
     qmp: Path
     destination: Address
-    token: bytes
+    security: Security
     background: bool = True
     """False: pages only on request (`-n`), until set_background() says otherwise."""
     background_lanes: int = 1
@@ -210,7 +211,7 @@ class SourceBase:
         session = Session(
             id=self._session_id,
             vm=self.vm,
-            token=self._plan.token,
+            security=self._plan.security,
             background_lanes=self._plan.background_lanes,
             prefetch=self._plan.prefetch,
             ram=self._ram,

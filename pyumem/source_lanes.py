@@ -19,7 +19,7 @@ from pyumem import wire
 from pyumem.address import Address
 from pyumem.claims import ClaimMap
 from pyumem.errors import LinkError, ProtocolError, UmemError
-from pyumem.greeting import AsyncLink, introduce, software
+from pyumem.greeting import AsyncLink, introduce, introduce_control, software
 from pyumem.heartbeat import beat
 from pyumem.hello import NONCE_SIZE, AreaSpec, Hello, Lane
 from pyumem.lanes.link import tune
@@ -29,6 +29,7 @@ from pyumem.ram import PAGE_SIZE
 from pyumem.release import Release
 from pyumem.report import totals_of
 from pyumem.stats import StatsBlock, Totals
+from pyumem.tls import LaneSecurity, Security
 from pyumem.wire import Kind
 from pyumem.workers import Worker, stop_all
 
@@ -42,7 +43,7 @@ class Session:
 
     id: str
     vm: str
-    token: bytes
+    security: Security
     background_lanes: int
     prefetch: Prefetch
     ram: Sequence[RamBlock]
@@ -98,6 +99,7 @@ class Lanes:
         """The destination's last word was ABORT."""
         self.workers: dict[tuple[Lane, int], Worker] = {}
         self.link: AsyncLink | None = None
+        self._security = LaneSecurity(b"")
         self._begun: set[Lane] = set()
         self._lost: set[Worker] = set()
         self._idle_may_be_lost = False
@@ -111,8 +113,11 @@ class Lanes:
         """Open the control lane and be welcome on it.  Raises LinkError, RefusedError."""
         self.link = await AsyncLink.connect(self._to)
         self.link.tune(control=True)
-        await introduce(
-            self.link, self._session.token, self._session.hello(Lane.CONTROL, resume=resume)
+        self._security = await introduce_control(
+            self.link,
+            self._session.security,
+            self._session.hello(Lane.CONTROL, resume=resume),
+            self._to.host,
         )
         return self.link
 
@@ -139,7 +144,7 @@ class Lanes:
         self.workers[lane, index] = worker
         link = await AsyncLink.connect(self._to)
         try:
-            await introduce(link, session.token, session.hello(lane, index))
+            await introduce(link, self._security.token, session.hello(lane, index))
         except BaseException:
             link.close()
             raise
@@ -149,6 +154,7 @@ class Lanes:
             "index": index,
             "areas": [{"id": block.id, "size_bytes": block.size} for block in session.ram],
             "prefetch": session.prefetch.to_json(),
+            "tls": self._security.to_json(),
         }
         with contextlib.closing(link.detach()) as sock:
             tune(sock, urgent=lane is Lane.URGENT, background=lane is Lane.BACKGROUND)

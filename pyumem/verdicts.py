@@ -21,11 +21,12 @@ from typing import Any, Final
 
 from pyumem import runtime
 from pyumem.address import Address, listen, name_of, parse
-from pyumem.errors import LinkError, ProtocolError, RefusedError, UmemError
+from pyumem.errors import UmemError
 from pyumem.greeting import AsyncLink, admit, refuse, welcome
 from pyumem.hello import Hello
 from pyumem.lanes.link import tune
 from pyumem.recovery import Fate, Verdict
+from pyumem.tls import Security
 from pyumem.wire import Kind
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class Verdicts:
         return True
 
 
-async def stay_for(address: Address, verdicts: Verdicts, token: bytes) -> None:
+async def stay_for(address: Address, verdicts: Verdicts, security: Security) -> None:
     """Listen on a port for sources that come back, and for nobody else, for LISTEN_S.
 
     A port that cannot be had is somebody else's by now: that ends it.
@@ -135,7 +136,7 @@ async def stay_for(address: Address, verdicts: Verdicts, token: bytes) -> None:
     try:
         async with asyncio.timeout(LISTEN_S), asyncio.TaskGroup() as group:
             for sock in sockets:
-                group.create_task(_accept(sock, verdicts, token, strangers, group))
+                group.create_task(_accept(sock, verdicts, security, strangers, group))
     except TimeoutError:
         pass
     finally:
@@ -146,7 +147,7 @@ async def stay_for(address: Address, verdicts: Verdicts, token: bytes) -> None:
 async def _accept(
     listener: socket.socket,
     verdicts: Verdicts,
-    token: bytes,
+    security: Security,
     strangers: asyncio.Semaphore,
     group: asyncio.TaskGroup,
 ) -> None:
@@ -161,15 +162,15 @@ async def _accept(
             strangers.release()
             continue
         tune(sock)
-        task = group.create_task(_answer(AsyncLink(sock, name_of(at)), verdicts, token))
+        task = group.create_task(_answer(AsyncLink(sock, name_of(at)), verdicts, security))
         task.add_done_callback(lambda _: strangers.release())
 
 
-async def _answer(link: AsyncLink, verdicts: Verdicts, token: bytes) -> None:
+async def _answer(link: AsyncLink, verdicts: Verdicts, security: Security) -> None:
     with contextlib.closing(link):
         try:
-            hello = await admit(link, token)
-            if not hello.resume or not await verdicts.tell(hello, link, token):
+            hello = await admit(link, security)
+            if not hello.resume or not await verdicts.tell(hello, link, security.token):
                 await refuse(link, "no VM is expected here")
-        except (ProtocolError, LinkError, RefusedError) as e:
+        except UmemError as e:
             log.warning("connection refused: %s", e)

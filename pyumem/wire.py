@@ -79,6 +79,7 @@ class Kind(IntEnum):
     ZERO = 19  # source, urgent and background: ranges that are zero
     END = 20  # source, background: this lane has nothing more to send
     HAVE = 21  # destination, control: a bitmap of pages that are here; see recovery.py, release.py
+    STARTTLS = 22  # source, control, instead of HELLO: TLS from here on, CHALLENGE comes again
 
 
 MAX_LENGTH: Final[dict[Kind, int]] = {
@@ -103,6 +104,7 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
     Kind.ZERO: MAX_RANGES * _RANGE_SIZE,
     Kind.END: 0,
     Kind.HAVE: MAX_BITMAP,
+    Kind.STARTTLS: 0,
 }
 
 # What else may come to, or from, a port: the first bytes of a connection and who says them.

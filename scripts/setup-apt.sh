@@ -13,7 +13,7 @@ packages=(
 	python3 python3-venv git ca-certificates debian-archive-keyring
 	# the test machine
 	qemu-system-x86 qemu-utils busybox-static cpio kmod udev iproute2 iputils-ping procps
-	e2fsprogs util-linux lz4 zstd xz-utils
+	e2fsprogs util-linux openssl lz4 zstd xz-utils
 	# lint
 	sparse shellcheck perl
 )

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 import click
 
-from pyumem.errors import ControlError
+from pyumem.errors import ControlError, UsageError
+from pyumem.hello import load_token
+from pyumem.tls import DEFAULT_DIRECTORY, Security, find_credentials
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -25,14 +27,48 @@ def json_option(function: _F) -> _F:
     )(function)
 
 
-def token_option(function: _F) -> _F:
-    """Add --token-file."""
-    return click.option(
-        "--token-file",
-        type=click.Path(path_type=Path, dir_okay=False),
-        help="File with the secret that both hosts share.  Default: /etc/umem/token if it is "
-        "there, else no secret.",
-    )(function)
+def security_options(function: _F) -> _F:
+    """Add --token-file, --tls-creds and --insecure."""
+    for option in (
+        click.option(
+            "--insecure",
+            is_flag=True,
+            envvar="UMEM_INSECURE",
+            help="Use any network, in clear: whoever is on it can read the guest's memory, and "
+            "change it.  Environment: UMEM_INSECURE=1.",
+        ),
+        click.option(
+            "--tls-creds",
+            type=click.Path(path_type=Path, file_okay=False),
+            envvar="UMEM_TLS_CREDS",
+            help="Directory with ca-cert.pem and server- or client-cert.pem and -key.pem, as "
+            "QEMU's tls-creds-x509: the peer has to have a certificate of the same CA.  Default: "
+            f"{DEFAULT_DIRECTORY} if it is there.  Without, only this host itself is talked to.  "
+            "Environment: UMEM_TLS_CREDS.",
+        ),
+        click.option(
+            "--token-file",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="File with the secret that both hosts share.  Default: /etc/umem/token if it is "
+            "there, else no secret.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def security_of(
+    token_file: Path | None, tls_creds: Path | None, *, insecure: bool, tls_hostname: str = ""
+) -> Security:
+    """Return what the options say.  Raises UsageError."""
+    if insecure and tls_creds:
+        raise UsageError("--insecure and --tls-creds exclude each other")
+    return Security(
+        load_token(token_file),
+        None if insecure else find_credentials(tls_creds),
+        insecure,
+        tls_hostname,
+    )
 
 
 _MAX_BANDWIDTH = 1 << 50

@@ -19,18 +19,20 @@ from pyumem.cli.common import (
     max_bandwidth_option,
     print_json,
     quiet_qmp,
-    token_option,
+    security_of,
+    security_options,
 )
 from pyumem.cli.display import make_display, show_report
 from pyumem.commit_record import CommitRecord, names
 from pyumem.control import Asker, ControlServer
 from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
-from pyumem.hello import MAX_LANES, load_token
+from pyumem.hello import MAX_LANES
 from pyumem.lanes.prefetch import MAX_PAGES, Prefetch
 from pyumem.report import Report
 from pyumem.serving import Resumed
 from pyumem.source import Migration
 from pyumem.source_base import Plan
+from pyumem.tls import Security
 
 
 @click.command()
@@ -84,7 +86,12 @@ from pyumem.source_base import Plan
     show_default=True,
     help="The same before a requested page.",
 )
-@token_option
+@security_options
+@click.option(
+    "--tls-hostname",
+    default="",
+    help="Name that the destination's certificate has to have, where that is not HOST of URI.",
+)
 @json_option
 def command(
     uri: str | None,
@@ -99,6 +106,9 @@ def command(
     prefetch_forward: int,
     prefetch_backward: int,
     token_file: Path | None,
+    tls_creds: Path | None,
+    insecure: bool,
+    tls_hostname: str,
     as_json: bool,
 ) -> None:
     """Send a VM to the host that expects it at URI (tcp:HOST:PORT).
@@ -135,13 +145,14 @@ def command(
     plan = Plan(
         qmp=Path(record.qmp) if record else _qmp_path(qmp, vm),
         destination=record.address if record and not uri else parse(uri or "", listening=False),
-        token=load_token(token_file),
+        security=security_of(token_file, tls_creds, insecure=insecure, tls_hostname=tls_hostname),
         background=not on_demand_only,
         background_lanes=record.background_lanes if record else background_lanes,
         max_bandwidth=max_bandwidth,
         release_ram=release_ram,
         prefetch=Prefetch(prefetch_forward, prefetch_backward),
     )
+    plan.security.check_destination(plan.destination)
     status, report = asyncio.run(_migrate(plan, record))
     if as_json:
         print_json(report.to_json())
@@ -187,7 +198,7 @@ async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report
         loop.add_signal_handler(number, migration.interrupt, name)
     with display:
         shown = asyncio.create_task(display.follow(migration), name="display")
-        told = asyncio.create_task(_tell_status(migration), name="status socket")
+        told = asyncio.create_task(_tell_status(migration, plan.security), name="status socket")
         try:
             await migration.run()
             status = 0
@@ -201,7 +212,7 @@ async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report
     return status, migration.report
 
 
-async def _tell_status(migration: Migration | Resumed) -> None:
+async def _tell_status(migration: Migration | Resumed, security: Security) -> None:
     """Answer `umemctl status` and others as soon as the VM's name is known."""
 
     async def answer(question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
@@ -216,7 +227,11 @@ async def _tell_status(migration: Migration | Resumed) -> None:
                 return {}
             case "recover":
                 to = question.get("to")
-                migration.recover(parse(str(to), listening=False) if to else None)
+                address = parse(str(to), listening=False) if to else None
+                if address:
+                    # May ask a name server.
+                    await asyncio.to_thread(security.check_destination, address)
+                migration.recover(address)
                 return {}
             case unknown:
                 raise ControlError(f"unknown command {unknown!r}")

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import click
 
-from pyumem.cli.common import log_to_stderr, token_option
-from pyumem.hello import load_token
+from pyumem.cli.common import log_to_stderr, security_of, security_options
 from pyumem.serve import Daemon
 
 
 @click.command()
-@token_option
+@security_options
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
-def command(token_file: Path | None, verbose: bool) -> None:
+def command(token_file: Path | None, tls_creds: Path | None, insecure: bool, verbose: bool) -> None:
     """Receive VMs on this host: the daemon that `umem-qemu ... -postcopy -incoming` asks for RAM.
 
     It stays in the foreground and logs one line per event to standard error.  One daemon runs per
@@ -27,10 +26,17 @@ def command(token_file: Path | None, verbose: bool) -> None:
     through the daemon, the first signal only says so; a second one within a minute ends it, and the
     guest then waits for its missing pages.
 
+    Ports that VMs are expected on are on this host's loopback, unless there are TLS credentials or
+    --insecure.
+
     \b
     Examples:
       umemctl serve
+      umemctl serve --tls-creds /etc/pki/umem
       umemctl serve --token-file /root/umem.token
     """
     log_to_stderr(verbose=verbose)
-    asyncio.run(Daemon(load_token(token_file)).run())
+    security = security_of(token_file, tls_creds, insecure=insecure)
+    if security.credentials:
+        security.credentials.server_context()  # what is wrong with them is told now
+    asyncio.run(Daemon(security).run())

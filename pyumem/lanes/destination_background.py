@@ -12,7 +12,7 @@ from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.fill import Arrivals, Filler
-from pyumem.lanes.link import Link
+from pyumem.lanes.link import Link, make_link
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
 
@@ -47,10 +47,10 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     stats = StatsBlock.attach(fds[1])
     areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
     slots = Slots([area.npages for area in areas])
-    link = Link(sock, message["peer"], stats)
     channel.send({"event": "ready"})
     if not channel.wait_go():
         return
+    link = make_link(sock, message, stats)
     arrivals = Arrivals.attach(slots, fds[2:4])
     serve(link, Filler(link, areas, arrivals, stats, touch=message["touch"]))
     # The socket stays open until the parent ends this process: that is how the source sees that the

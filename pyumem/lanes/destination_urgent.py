@@ -24,7 +24,7 @@ from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.fill import AreaLike, Arrivals, Filler
-from pyumem.lanes.link import Link
+from pyumem.lanes.link import Link, make_link
 from pyumem.stats import Counter, StatsBlock
 from pyumem.uapi import UMEM_REQUEST_DISCARDED
 from pyumem.worker import Channel, hurry, run
@@ -119,22 +119,17 @@ class UrgentLane:
         self._flush()
 
     def _flush(self) -> None:
-        if not self._out:
-            return
-        try:
-            sent = self._link.sock.send(self._out, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError as e:
-            raise LinkError(f"{self._link.peer}: {e.strerror}") from e
-        del self._out[:sent]
-        self._stats.add(Counter.BYTES_SENT, sent)
+        if self._out:
+            del self._out[: self._link.send_some(self._out)]
 
     def _receive(self) -> None:
-        header = self._link.header()
-        if header is None:
-            raise LinkError(f"{self._link.peer}: the source closed the urgent lane")
-        self._filler.take(header)
+        while True:
+            header = self._link.header()
+            if header is None:
+                raise LinkError(f"{self._link.peer}: the source closed the urgent lane")
+            self._filler.take(header)
+            if not self._link.pending():
+                return
 
 
 def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
@@ -151,18 +146,12 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     for area in areas:
         area.set_blocking(False)
     channel.send({"event": "ready"})
-    lane = UrgentLane(
-        channel,
-        Link(sock, message["peer"], stats),
-        areas,
-        Arrivals.attach(slots, fds[2:4]),
-        stats,
-        touch=message["touch"],
-        resumed=message["resumed"],
-    )
+    arrivals = Arrivals.attach(slots, fds[2:4])
     # The parent has to say WELCOME on the socket first.
     if channel.wait_go():
-        lane.run()
+        link = make_link(sock, message, stats)
+        touch, resumed = message["touch"], message["resumed"]
+        UrgentLane(channel, link, areas, arrivals, stats, touch=touch, resumed=resumed).run()
 
 
 if __name__ == "__main__":

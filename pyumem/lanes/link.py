@@ -10,7 +10,7 @@ import fcntl
 import socket
 import struct
 import termios
-from typing import Final
+from typing import Any, Final
 
 from pyumem import wire
 from pyumem.errors import LinkError, ProtocolError
@@ -112,6 +112,10 @@ class Link:
         except ProtocolError as e:
             raise type(e)(f"{self.peer}: {e}") from None
 
+    def pending(self) -> bool:
+        """Tell whether something was received already that poll() does not see."""
+        return False
+
     def payload(self, header: wire.Header) -> memoryview:
         """Return the payload of a small frame.  Pages are received by receive_into() instead."""
         view = memoryview(bytearray(header.length))
@@ -140,13 +144,44 @@ class Link:
             raise LinkError(f"{self.peer}: {e.strerror}") from e
         self._stats.add(Counter.BYTES_SENT, total)
 
+    def send_some(self, data: bytearray) -> int:
+        """Send what fits now, return how much.  The rest has to be offered again, unchanged, with
+        more behind it or not.  Raises LinkError.
+        """
+        try:
+            sent = self.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as e:
+            raise LinkError(f"{self.peer}: {e.strerror}") from e
+        self._stats.add(Counter.BYTES_SENT, sent)
+        return sent
+
     def untaken(self) -> int:
         """Return how many bytes that were sent the peer's kernel has not acknowledged."""
         answer = fcntl.ioctl(self.sock, termios.TIOCOUTQ, struct.pack("i", 0))
         return int(struct.unpack("i", answer)[0])
 
-    def close(self) -> None:
-        """Close the connection; again is harmless."""
+    def hang_up(self) -> None:
+        """End the connection for both sides; again is harmless."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; again is harmless."""
+        self.hang_up()
         self.sock.close()
+
+
+def make_link(sock: socket.socket, message: dict[str, Any], stats: StatsBlock) -> Link:
+    """Return the link of a worker, as its start message wants it; under TLS after the handshake.
+
+    Raises LinkError, RefusedError, UsageError.
+    """
+    if message["tls"] is None:
+        return Link(sock, message["peer"], stats)
+    # Costs a worker time and memory that most do not need.
+    from pyumem.lanes.tls_link import TlsLink
+    from pyumem.tls import LaneTls
+
+    return TlsLink(sock, message["peer"], stats, LaneTls.from_json(message["tls"]))

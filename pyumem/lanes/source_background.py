@@ -16,7 +16,7 @@ from typing import Any, Final
 from pyumem import wire
 from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.errors import LinkError
-from pyumem.lanes.link import Link
+from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.serve_pages import RUN_PAGES, Sender
 from pyumem.ram import PAGE_SIZE, RamFile
 from pyumem.stats import StatsBlock
@@ -163,9 +163,9 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
         for fd, spec in zip(fds[3:], message["areas"], strict=True)
     ]
     claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
+    link = make_link(sock, message, stats)
     channel.send({"event": "ready"})
-    lane = BackgroundLane(channel, Link(sock, message["peer"], stats), ram, claims, stats)
-    lane.run(holes=message["index"] == 0)
+    BackgroundLane(channel, link, ram, claims, stats).run(holes=message["index"] == 0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, Final
 from pyumem import wire
 from pyumem.claims import ClaimMap, Slots
 from pyumem.errors import LinkError, ProtocolError
-from pyumem.lanes.link import Link
+from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.prefetch import NO_PREFETCH, Ahead, Prefetch
 from pyumem.lanes.serve_pages import Sender
 from pyumem.ram import RamFile
@@ -82,6 +82,8 @@ class UrgentLane:
                 if fd == parent:
                     return
                 self._answer()
+                while self._link.pending():
+                    self._answer()
             if not ready and patience == 0:
                 self._send_ahead()
 
@@ -150,8 +152,8 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
         for fd, spec in zip(fds[3:], message["areas"], strict=True)
     ]
     claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
+    link = make_link(sock, message, stats)
     channel.send({"event": "ready"})
-    link = Link(sock, message["peer"], stats)
     prefetch = Prefetch.from_json(message["prefetch"])
     UrgentLane(channel, link, ram, claims, stats, prefetch=prefetch).run()
 

@@ -32,6 +32,7 @@ SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M", accel="tcg")
 PAGES = 96 * 256
 # Slow enough that the background is not through before all of this happened, had it been on.
 OPTIONS = ("--json", "--max-bandwidth", "200K", "--release-ram")
+OTHER_ADDRESS = "10.77.0.22"
 RAM = Path("/dev/shm/umem-src/vm1/ram0")
 
 
@@ -72,7 +73,9 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with world(tmp_path_factory.mktemp("recovery")) as w:
+    # Under TLS, so that every lane's handshake is done again each time.
+    tmp = tmp_path_factory.mktemp("recovery")
+    with world(tmp, tls=True, more_names=(OTHER_ADDRESS,)) as w:
         yield Scene(w)
 
 
@@ -112,11 +115,11 @@ def test_the_network_is_cut(scene: Scene) -> None:
 
 def test_the_destination_moves_to_another_address(scene: Scene) -> None:
     w, before = scene.w, scene.recoveries
-    add_address(w.destination, "10.77.0.22/24")
-    told = w.start(w.source, "umemctl", "recover", "vm1", "tcp:10.77.0.22:4444")
+    add_address(w.destination, f"{OTHER_ADDRESS}/24")
+    told = w.start(w.source, "umemctl", "recover", "vm1", f"tcp:{OTHER_ADDRESS}:4444")
     assert told.wait() == 0, told.said()
     scene.pages_flow(before)
-    assert w.migrate_status()["destination"] == "tcp:10.77.0.22:4444"
+    assert w.migrate_status()["destination"] == f"tcp:{OTHER_ADDRESS}:4444"
 
 
 def add_address(host: Host, address: str) -> None:

@@ -15,6 +15,7 @@ from pyumem import uapi
 from pyumem.control import ControlClient
 from pyumem.errors import ControlError
 from pyumem.uapi import AreaInfo
+from tests import certificates
 from tests.vm.guest import GuestConsole, GuestSpec
 from tests.vm.hosts import Host, Link, two_hosts
 
@@ -71,7 +72,12 @@ class World:
     """Both hosts.  Every program started through it is ended with it."""
 
     def __init__(
-        self, source: Host, destination: Host, tmp: Path, stack: contextlib.ExitStack
+        self,
+        source: Host,
+        destination: Host,
+        tmp: Path,
+        stack: contextlib.ExitStack,
+        tls: Path | None = None,
     ) -> None:
         self.source = source
         self.destination = destination
@@ -80,6 +86,8 @@ class World:
         self._count = 0
         self._consoles: dict[str, GuestConsole] = {}
         source.extra_env["UMEM_RAM_DIR"] = "/dev/shm/umem-src"
+        for host in (source, destination):
+            host.extra_env |= {"UMEM_TLS_CREDS": str(tls)} if tls else {"UMEM_INSECURE": "1"}
         self.destination_uri = f"tcp:{destination.address}:{PORT}"
 
     def start(self, host: Host, *argv: str) -> Program:
@@ -197,10 +205,16 @@ WORLDS: list[World] = []
 
 
 @contextlib.contextmanager
-def world(tmp: Path, link: Link | None = None) -> Iterator[World]:
-    """Both hosts, with nothing running."""
+def world(
+    tmp: Path, link: Link | None = None, *, tls: bool = False, more_names: tuple[str, ...] = ()
+) -> Iterator[World]:
+    """Both hosts, with nothing running; under TLS, with certificates for the destination's address
+    and for more names, or in clear.
+    """
     with two_hosts(link) as (source, destination), contextlib.ExitStack() as stack:
-        both = World(source, destination, tmp, stack)
+        names = (destination.address, *more_names)
+        directory = certificates.make(tmp / "tls", *names) if tls else None
+        both = World(source, destination, tmp, stack, directory)
         WORLDS.append(both)
         stack.callback(WORLDS.remove, both)
         try:

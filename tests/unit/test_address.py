@@ -25,9 +25,10 @@ def test_addresses(uri: str, host: str, port: int) -> None:
     assert str(Address(host, port)) == uri
 
 
-@pytest.mark.parametrize("uri", ["tcp:0:4444", "tcp::4444"])
-def test_any_address_is_for_listeners(uri: str) -> None:
-    assert parse(uri, listening=True) == Address("", 4444)
+@pytest.mark.parametrize(("uri", "host"), [("tcp:0:4444", ""), ("tcp::4444", "localhost")])
+def test_no_host_is_for_listeners(uri: str, host: str) -> None:
+    assert parse(uri, listening=True) == Address(host, 4444)
+    assert parse(str(parse(uri, listening=True)), listening=True) == Address(host, 4444)
     with pytest.raises(UsageError, match="no host to connect to"):
         parse(uri, listening=False)
 

@@ -56,7 +56,7 @@ def test_each_command_has_help_with_an_example(umemctl: Umemctl, name: str) -> N
         (["migrate", "-p", "tcp:a:1"], 2, "which VM"),
         (["migrate", "-p", "tcp:a:1", "--qmp", "/x", "--vm", "y"], 2, "exclude each other"),
         (["migrate", "-p", "tcp:a:1", "--vm", "../y"], 2, "cannot be a VM's name"),
-        (["migrate", "-p", "tcp:a:1", "--qmp", "/nowhere"], 1, "/nowhere: No such file"),
+        (["migrate", "-p", "tcp:[::1]:1", "--qmp", "/nowhere"], 1, "/nowhere: No such file"),
         (["migrate"], 2, "Missing argument"),
         (["serve", "--token-file", "/nowhere"], 2, "no such file"),
         (["background", "vm1"], 1, "vm1.sock"),

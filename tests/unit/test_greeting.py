@@ -22,6 +22,7 @@ from pyumem.errors import (
 )
 from pyumem.greeting import AsyncLink, admit, introduce, refuse, welcome
 from pyumem.hello import AreaSpec, Hello, Lane
+from pyumem.tls import Security
 from pyumem.wire import Kind
 
 HELLO = Hello(
@@ -69,7 +70,7 @@ def run(
 @pytest.mark.parametrize("token", [b"", b"secret"])
 def test_welcome(token: bytes) -> None:
     async def destination(link: AsyncLink) -> Hello:
-        hello = await admit(link, token)
+        hello = await admit(link, Security(token))
         await welcome(link, token, hello)
         return hello
 
@@ -79,7 +80,7 @@ def test_welcome(token: bytes) -> None:
 @pytest.mark.parametrize(("here", "there"), [(b"a", b"b"), (b"", b"b"), (b"a", b"")])
 def test_a_wrong_token_is_told_on_both_sides(here: bytes, there: bytes) -> None:
     source, destination = run(
-        lambda link: introduce(link, here, HELLO), lambda link: admit(link, there)
+        lambda link: introduce(link, here, HELLO), lambda link: admit(link, Security(there))
     )
     assert isinstance(source, RefusedError) and "tokens of the two hosts differ" in str(source)
     assert isinstance(destination, RefusedError) and "tokens" in str(destination)
@@ -87,7 +88,7 @@ def test_a_wrong_token_is_told_on_both_sides(here: bytes, there: bytes) -> None:
 
 def test_a_destination_that_only_pretends() -> None:
     async def destination(link: AsyncLink) -> None:
-        hello = await admit(link, b"secret")
+        hello = await admit(link, Security(b"secret"))
         await welcome(link, b"guess", hello)
 
     source, _ = run(lambda link: introduce(link, b"secret", HELLO), destination)
@@ -96,7 +97,7 @@ def test_a_destination_that_only_pretends() -> None:
 
 def test_a_refusal_arrives_with_its_reason() -> None:
     async def destination(link: AsyncLink) -> None:
-        await admit(link, b"")
+        await admit(link, Security())
         await refuse(link, "RAM block ram0 has 1 bytes here")
 
     source, _ = run(lambda link: introduce(link, b"", HELLO), destination)
@@ -114,7 +115,7 @@ def test_another_version_is_told_on_both_sides() -> None:
         await link.receive()
         await link.send(with_version(wire.pack_json(Kind.HELLO, {}), 9))
 
-    _, destination = run(newer_source, lambda link: admit(link, b""))
+    _, destination = run(newer_source, lambda link: admit(link, Security()))
     assert isinstance(destination, VersionError)
     assert "the source: the peer speaks version 9" in str(destination)
 
@@ -148,7 +149,7 @@ def test_garbage_is_answered_with_its_name(data: bytes, what: str) -> None:
         await asyncio.sleep(0.05)
         sock.close()
 
-    _, destination = run(stranger, lambda link: admit(link, b""))
+    _, destination = run(stranger, lambda link: admit(link, Security()))
     assert isinstance(destination, ProtocolError | LinkError), destination
     assert what in str(destination) and "the source" in str(destination)
 
@@ -167,7 +168,7 @@ def test_a_malformed_hello_is_told() -> None:
         assert frame is not None and frame[0].kind is Kind.REFUSE
         return wire.unpack_json(Kind.REFUSE, frame[1])
 
-    told, destination = run(source, lambda link: admit(link, b""))
+    told, destination = run(source, lambda link: admit(link, Security()))
     assert "unknown lane" in told["reason"] and "unknown lane" in str(destination)
 
 
@@ -177,7 +178,7 @@ def test_silence_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async def mute(_link: AsyncLink) -> None:
         await asyncio.sleep(0.5)
 
-    _, destination = run(mute, lambda link: admit(link, b""))
+    _, destination = run(mute, lambda link: admit(link, Security()))
     assert isinstance(destination, ProtocolError) and "nothing valid within" in str(destination)
     source, _ = run(lambda link: introduce(link, b"", HELLO), mute)
     assert isinstance(source, ForeignPeerError) and "umemctl serve" in str(source)
@@ -191,7 +192,7 @@ def test_a_peer_that_sends_byte_by_byte_has_no_more_time(monkeypatch: pytest.Mon
             await link.send(bytes([byte]))
             await asyncio.sleep(0.01)
 
-    _, destination = run(slow, lambda link: admit(link, b""))
+    _, destination = run(slow, lambda link: admit(link, Security()))
     assert isinstance(destination, ProtocolError)
 
 

@@ -19,6 +19,7 @@ from pyumem.control import Asker
 from pyumem.hello import AreaSpec
 from pyumem.incoming import IncomingRequest, IncomingVm
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
+from pyumem.tls import Security
 from pyumem.uapi import PAGE_SIZE
 from pyumem.verdicts import Verdicts
 from tests.unit.fake_qemu import fake_qemu
@@ -102,7 +103,7 @@ def run(
             autostart=True,
             touch=False,
         )
-        vm = IncomingVm(request, b"", launcher, None, Verdicts())
+        vm = IncomingVm(request, Security(), launcher, None, Verdicts())
         await vm.open()
         life = asyncio.create_task(vm.run())
         try:

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ from pyumem.lanes import (
 from pyumem.lanes.fill import Arrivals, Filler
 from pyumem.lanes.link import Link, tune
 from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
+from pyumem.lanes.tls_link import TlsLink
 from pyumem.ram import RamFile
 from pyumem.shm import SharedMemory
 from pyumem.stats import StatsBlock
+from pyumem.tls import LaneTls
 from pyumem.wire import Kind
 from pyumem.worker import Channel
+from tests import certificates
 from tests.unit.fakes import DISCARDED, PAGE, FakeArea
 
 
@@ -50,6 +54,14 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 def channel_pair() -> tuple[Channel, Channel]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Channel(ours), Channel(theirs)
+
+
+def tls_ends(directory: Path) -> tuple[LaneTls, LaneTls]:
+    """What source and destination know for a lane's handshake."""
+    return (
+        LaneTls(directory, False, "localhost", certificates.fingerprint(directory, "server")),
+        LaneTls(directory, True, "", certificates.fingerprint(directory, "client")),
+    )
 
 
 class Lane:
@@ -86,7 +98,14 @@ class Lane:
 class World:
     """Both sides.  Sizes are in pages."""
 
-    def __init__(self, tmp: Path, sizes: tuple[int, ...] = (300, 100), lanes: int = 1) -> None:
+    def __init__(
+        self,
+        tmp: Path,
+        sizes: tuple[int, ...] = (300, 100),
+        lanes: int = 1,
+        tls: Path | None = None,
+    ) -> None:
+        self.tls = tls
         self.slots = Slots(sizes)
         self.sizes = sizes
         self.paths = [tmp / f"ram{n}" for n in range(len(sizes))]
@@ -103,7 +122,6 @@ class World:
         self.nr_lanes = lanes
         self.lanes: list[Lane] = []
         self.links: list[Link] = []
-        self.sockets: dict[str, socket.socket] = {}
 
     def write(self, area: int, pgoff: int, data: bytes) -> None:
         fd = os.open(self.paths[area], os.O_WRONLY)
@@ -128,17 +146,32 @@ class World:
         return Arrivals.attach(self.slots, [os.dup(fd) for fd in self.arrivals.fds])
 
     def _link(self, name: str, sock: socket.socket) -> Link:
-        self.sockets[name] = sock
         link = Link(sock, f"peer-{name}", self.stats[name])
         self.links.append(link)
         return link
 
+    def _links(self, source: str, destination: str, *, background: bool = False) -> list[Link]:
+        """A connection's two ends; under TLS, where there is some, after the handshake."""
+        one, other = tcp_pair()
+        if background:
+            tune(one, background=True)
+        if self.tls is None:
+            return [self._link(source, one), self._link(destination, other)]
+        with ThreadPoolExecutor(2) as pool:
+            ends = [
+                pool.submit(TlsLink, sock, f"peer-{name}", self.stats[name], lane)
+                for sock, name, lane in zip(
+                    (one, other), (source, destination), tls_ends(self.tls), strict=True
+                )
+            ]
+            links: list[Link] = [end.result(20) for end in ends]
+        self.links += links
+        return links
+
     def start_urgent(
         self, prefetch: Prefetch = NO_PREFETCH, *, resumed: bool = False
     ) -> tuple[Lane, Lane]:
-        one, other = tcp_pair()
-        source = self._link("su", one)
-        destination = self._link("du", other)
+        source, destination = self._links("su", "du")
         src = Lane(
             lambda channel: source_urgent.UrgentLane(
                 channel,
@@ -163,10 +196,7 @@ class World:
         return src, dst
 
     def start_background(self, index: int = 0) -> tuple[Lane, Lane]:
-        one, other = tcp_pair()
-        tune(one, background=True)
-        source = self._link(f"sb{index}", one)
-        destination = self._link(f"db{index}", other)
+        source, destination = self._links(f"sb{index}", f"db{index}", background=True)
         src = Lane(
             lambda channel: source_background.BackgroundLane(
                 channel, source, self._ram(), self._claims(), self.stats[f"sb{index}"]
@@ -202,10 +232,12 @@ class World:
         for lane in self.lanes:
             lane.parent.close()
         for link in self.links:
-            link.close()
+            link.hang_up()  # the thread may be about to ask for its number
         for lane in self.lanes:
             lane.thread.join(10)
             assert not lane.thread.is_alive()
+        for link in self.links:
+            link.close()
 
 
 @pytest.fixture
@@ -219,9 +251,12 @@ def shm() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def world(shm: Path) -> Iterator[World]:
-    world = World(shm)
+@pytest.fixture(params=["clear", "tls"])
+def world(
+    request: pytest.FixtureRequest, shm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    tls = certificates.for_localhost(tmp_path_factory) if request.param == "tls" else None
+    world = World(shm, tls=tls)
     yield world
     world.close()
 

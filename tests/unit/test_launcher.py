@@ -352,7 +352,7 @@ def test_ram_comes_from_the_daemon(host: Host) -> None:
     assert json.loads(json.dumps(question)) == {
         "command": "incoming",
         "name": "vm1",
-        "listen": "tcp::4444",
+        "listen": "tcp:0:4444",
         "areas": [{"id": "ram0", "size_bytes": 64 << 20, "page_size_bytes": 4096}],
         "qmp": str(runtime.qmp_socket("vm1")),
         "incoming": str(runtime.incoming_socket("vm1")),
@@ -364,7 +364,7 @@ def test_ram_comes_from_the_daemon(host: Host) -> None:
 
 @pytest.mark.usefixtures("driver")
 def test_the_daemon_says_no(host: Host) -> None:
-    serve = FakeServe({"error": "cannot listen on tcp::4444: Address already in use"})
+    serve = FakeServe({"error": "cannot listen on tcp:0:4444: Address already in use"})
     status, err = host.run(*EXPECT)
     serve.close()
     assert status == 1 and "Address already in use" in err and err.count("\n") == 1

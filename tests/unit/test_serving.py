@@ -27,6 +27,7 @@ from pyumem.recovery import Fate, Verdict, tell_have
 from pyumem.report import Report, State
 from pyumem.serving import Resumed
 from pyumem.source_base import Plan
+from pyumem.tls import Security
 from pyumem.wire import Kind
 from tests.unit.fake_qemu import FakeQemu, fake_qemu
 from tests.unit.test_recovery import FakeArea
@@ -74,7 +75,7 @@ class Scene:
         """Admit the next one that comes."""
         sock, _ = await asyncio.get_running_loop().sock_accept(self.listener)
         link = AsyncLink(sock, "source")
-        hello = await admit(link, b"")
+        hello = await admit(link, Security())
         assert hello.session == "0" * 32 and hello.resume is (hello.lane is Lane.CONTROL)
         self.hello = hello
         return link, hello.lane
@@ -103,7 +104,7 @@ def run(
     async def main(qemu: FakeQemu) -> Report | UmemError:
         record = scene.record(qemu)
         os.kill(qemu.process.pid, signal.SIGSTOP)
-        plan = Plan(qemu.qmp, record.address, b"", background=False)
+        plan = Plan(qemu.qmp, record.address, Security(), background=False)
         scene.migration = Resumed(plan, record, scene.said.append)
         played = asyncio.create_task(asyncio.wait_for(destination(scene), 60))
         try:

@@ -22,6 +22,7 @@ from pyumem.report import State
 from pyumem.source import Migration
 from pyumem.source_base import Plan
 from pyumem.stats import StatsBlock
+from pyumem.tls import Security
 from pyumem.workers import Worker
 from tests.unit.fake_qemu import fake_qemu
 
@@ -39,7 +40,7 @@ class Scene:
     def __init__(self, *, background: bool, background_lanes: int) -> None:
         self.said: list[str] = []
         plan = Plan(
-            *(Path("/qmp"), Address("h", 1), b""),
+            *(Path("/qmp"), Address("h", 1), Security()),
             background=background,
             background_lanes=background_lanes,
         )
@@ -143,7 +144,7 @@ def test_a_runtime_directory_that_cannot_be_made_is_an_errorof_system(
 
     async def main() -> None:
         with pytest.raises(UmemError, match=r"cannot make .*: Not a directory"):
-            await Migration(Plan(fake.qmp, Address("h", 1), b""), said.append).run()
+            await Migration(Plan(fake.qmp, Address("h", 1), Security()), said.append).run()
 
     with fake_qemu(tmp_path, ram, answers=answers) as fake:
         asyncio.run(main())
@@ -160,7 +161,7 @@ def test_a_paused_vm_that_stays_is_told_with_its_state(
 
     async def main() -> None:
         qemu = await Qemu.connect(fake.qmp)
-        await Migration(Plan(fake.qmp, Address("h", 1), b""), said.append)._make_run(qemu)
+        await Migration(Plan(fake.qmp, Address("h", 1), Security()), said.append)._make_run(qemu)
         await qemu.close()
 
     with fake_qemu(tmp_path, answers={"query-status": {"status": state}}) as fake:
@@ -172,7 +173,7 @@ def test_a_paused_vm_that_stays_is_told_with_its_state(
 def test_a_vm_that_runs_on_tells_the_switches(tmp_path: Path) -> None:
     async def main() -> None:
         qemu = await Qemu.connect(fake.qmp)
-        migration = Migration(Plan(fake.qmp, Address("h", 1), b""), said.append)
+        migration = Migration(Plan(fake.qmp, Address("h", 1), Security()), said.append)
         migration._was_running = True
         await migration._make_run(qemu)
         await qemu.close()
@@ -192,7 +193,7 @@ def test_a_vm_in_postmigrate_is_refused_with_the_way_out(tmp_path: Path) -> None
 
     async def main() -> None:
         with pytest.raises(CheckError, match="after `cont` at its monitor"):
-            await Migration(Plan(fake.qmp, Address("h", 1), b""), print).run()
+            await Migration(Plan(fake.qmp, Address("h", 1), Security()), print).run()
 
     with fake_qemu(tmp_path, answers=answers) as fake:
         asyncio.run(main())

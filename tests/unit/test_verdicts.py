@@ -16,6 +16,7 @@ from pyumem.errors import LinkError, RefusedError
 from pyumem.greeting import AsyncLink, introduce
 from pyumem.hello import Hello, Lane
 from pyumem.recovery import Fate, Verdict, hear_verdict
+from pyumem.tls import Security
 from pyumem.verdicts import KEEP_S, Judged, Verdicts, stay_for
 
 SESSION = "0" * 32
@@ -67,7 +68,7 @@ def test_who_comes_back_is_told_and_nobody_else() -> None:
     verdicts.judge(judged())
 
     async def main() -> None:
-        stay = asyncio.create_task(stay_for(address, verdicts, b"secret"))
+        stay = asyncio.create_task(stay_for(address, verdicts, Security(b"secret")))
 
         async def come(hello: Hello, token: bytes = b"secret") -> Verdict:
             async with asyncio.timeout(20):
@@ -102,4 +103,4 @@ def test_who_comes_back_is_told_and_nobody_else() -> None:
 def test_a_port_that_somebody_has_is_left_to_him() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = Address("127.0.0.1", taken.getsockname()[1])
-        asyncio.run(asyncio.wait_for(stay_for(address, Verdicts(), b""), 20))
+        asyncio.run(asyncio.wait_for(stay_for(address, Verdicts(), Security()), 20))

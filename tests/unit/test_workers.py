@@ -43,7 +43,12 @@ class Scene:
 
     async def start(self, size: int = PAGES * PAGE_SIZE) -> None:
         with self.ram.open("rb") as ram:
-            message = {"peer": "p", "index": 0, "areas": [{"id": "ram0", "size_bytes": size}]}
+            message = {
+                "peer": "p",
+                "index": 0,
+                "areas": [{"id": "ram0", "size_bytes": size}],
+                "tls": None,
+            }
             fds = [self.sock.fileno(), self.claims.memory.fd, ram.fileno()]
             await self.worker.start("source_background", message, fds)
 

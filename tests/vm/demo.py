@@ -178,8 +178,8 @@ def migrate(spec: GuestSpec, link: Link, flags: tuple[str, ...], logs: Path) -> 
         at_source.wait("verify", timeout=60 * slow)
         at_source.send(f"beat {BEAT_MS}")
 
-        step("destination: umemctl serve")
-        argv = ["umemctl", "serve"]
+        step("destination: umemctl serve --insecure")
+        argv = ["umemctl", "serve", "--insecure"]
         stack.enter_context(running(destination, argv, logs / "serve.log"))
         wait_for("umemctl serve", destination.runtime / "serve.sock")
 
@@ -191,7 +191,14 @@ def migrate(spec: GuestSpec, link: Link, flags: tuple[str, ...], logs: Path) -> 
         at_destination = stack.enter_context(GuestConsole(serial))
         at_destination.connected(timeout=60)
 
-        words = ["umemctl", "migrate", "-p", *flags, f"tcp:{destination.address}:{PORT}"]
+        words = [
+            "umemctl",
+            "migrate",
+            "-p",
+            "--insecure",
+            *flags,
+            f"tcp:{destination.address}:{PORT}",
+        ]
         step(f"source: {' '.join(words)}")
         before = source.tx_bytes()
         started = time.monotonic()
