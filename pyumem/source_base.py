@@ -174,7 +174,10 @@ class SourceBase:
             self._background = False
         elif not self._background:
             if self._lanes and self._lanes.background_lost:
-                raise UmemError("the connection for it was lost; pages still come on request")
+                raise UmemError(
+                    "the connection for it was lost; pages still come on request, and "
+                    f"`umemctl recover {self.vm}` connects anew"
+                )
             self._background = True
             if self._lanes and self.state is State.POSTCOPY_ACTIVE:
                 self._lanes.go(Lane.BACKGROUND)

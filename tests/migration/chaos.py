@@ -9,9 +9,11 @@ is lost.  As a program: python -m tests.migration.chaos ROUNDS [SEED].
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,15 +22,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyumem.control import ControlClient
+from pyumem.errors import UmemError
+from tests import certificates
 from tests.migration.world import PATIENCE, Program, World, alive, eventually
 from tests.vm.guest import GuestConsole, GuestSpec
 from tests.vm.hosts import Link, two_hosts
 
 # TCG as in test_before_commit.py, and for the same reason.
 SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M", accel="tcg")
-FIRST_S, LAST_S = 0.5, 12.0
-"""When something breaks, in seconds after `umemctl migrate` was started: from its setup to near the
-end of the transfer."""
+BEFORE_S = 8.0
+"""When something breaks, at the latest: seconds after `umemctl migrate` was started ..."""
+AFTER_S = 6.0
+"""... or, two times out of three, after the commit."""
+BANDWIDTH = ("3M", "6M", "12M")
+"""Of the background transfer: the guest's memory takes some seconds."""
 
 
 @dataclass
@@ -56,6 +64,17 @@ class Move:
     def status(self) -> dict[str, Any]:
         return self.to.world.migrate_status(self.back.vm)
 
+    @property
+    def committed(self) -> bool:
+        return str(self.status.get("state", "")).startswith("postcopy")
+
+    def wait_committed(self) -> None:
+        """Or for the end of the command."""
+        eventually(
+            lambda: self.committed or self.migrate.process.poll() is not None,
+            why=f"neither committed nor given up: {self.migrate.said()[-2000:]}",
+        )
+
 
 class Chaos:
     """The two hosts, the guest, and the dice."""
@@ -63,11 +82,13 @@ class Chaos:
     def __init__(self, seed: int, tmp: Path, stack: contextlib.ExitStack) -> None:
         self.dice = random.Random(seed)
         one, other = stack.enter_context(two_hosts(Link(rate="1gbit", delay="0.2ms")))
+        names = (one.address, other.address)
+        tls = certificates.make(tmp / "tls", *names) if self.dice.random() < 0.5 else None
         self.sides = []
         for source, destination in ((one, other), (other, one)):
             folder = tmp / destination.name
             folder.mkdir()
-            world = World(source, destination, folder, stack)
+            world = World(source, destination, folder, stack, tls)
             self.sides.append(Side(world, world.serve(), f"vm-{destination.name}"))
         # Where there are areas too, an ordinary file is only the beginning.
         self.qemu, self.console = self.sides[0].world.guest(SPEC, name=self.sides[1].vm)
@@ -117,8 +138,12 @@ class Chaos:
     def cut_network(self, move: Move) -> None:
         host = self.dice.choice((move.to.world.source, move.to.world.destination))
         host.link_up(False)
-        time.sleep(self.dice.uniform(1, 16))
+        self._wait_while_broken()
         host.link_up(True)
+
+    def _wait_while_broken(self) -> None:
+        """For less than the heartbeat's patience, or for more."""
+        time.sleep(self.dice.choice((self.dice.uniform(0.5, 3), self.dice.uniform(10, 13))))
 
     def stop_serve(self, move: Move) -> None:
         self._pause(move.to.serve)
@@ -129,7 +154,7 @@ class Chaos:
     def _pause(self, program: Program) -> None:
         with contextlib.suppress(ProcessLookupError):
             program.process.send_signal(signal.SIGSTOP)
-            time.sleep(self.dice.uniform(1, 16))
+            self._wait_while_broken()
             program.process.send_signal(signal.SIGCONT)
 
     def ctrl_c(self, move: Move) -> None:
@@ -139,6 +164,24 @@ class Chaos:
         move.to.world.source.set_link(Link(loss="10%"))
         time.sleep(self.dice.uniform(1, 6))
         move.to.world.source.set_link(Link())
+
+    def garbage(self, move: Move) -> None:
+        """Many a stranger at the port, one after the other and all at once."""
+        host, port = move.to.world.destination_uri.split(":")[1:]
+        talk = f"head -c $((RANDOM % 3000)) /dev/urandom > /dev/tcp/{host}/{port}"
+        calls = f"for i in $(seq 10); do {talk}; ({talk}; sleep 2) & done; wait"
+        move.to.world.source.run(["timeout", "20", "bash", "-c", calls])
+
+    def rmmod(self, _move: Move) -> None:
+        done = subprocess.run(["rmmod", "umem"], capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and "in use" in done.stderr, done.stderr
+
+    def kill_old_qemu(self, move: Move) -> None:
+        """The source's, once it has no right to run any more; its memory is where it was."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            record = json.loads(self._record(move).read_text())
+            if record["answered"]:
+                os.kill(record["qemu"]["pid"], signal.SIGKILL)
 
     FAULTS: tuple[Callable[[Chaos, Move], None], ...] = (
         kill_serve,
@@ -150,7 +193,12 @@ class Chaos:
         stop_migrate,
         ctrl_c,
         lose_packets,
+        garbage,
+        rmmod,
+        kill_old_qemu,
     )
+    # RAM that is an area lives as long as somebody holds it.
+    LAST_HOLDER = (kill_migrate, ctrl_c)
 
     # --- one round ---
 
@@ -159,18 +207,25 @@ class Chaos:
         to, back = self.sides[1 - self.at], self.sides[self.at]
         new_qemu, console = to.world.expect(SPEC, name=to.vm)
         arguments = ["--background-lanes", str(self.dice.randint(1, 3)), "--json"]
+        arguments += ["--max-bandwidth", self.dice.choice(BANDWIDTH)]
+        if self.dice.random() < 0.3:
+            arguments.append("-n")
         if self.dice.random() < 0.5:
             arguments += ["--prefetch-forward", "8"]
         move = Move(to, back, to.world.migrate(*arguments, vm=back.vm), new_qemu)
         begun = time.monotonic()
-        for at in sorted(
-            self.dice.uniform(FIRST_S, LAST_S) for _ in range(self.dice.randint(1, 3))
-        ):
-            time.sleep(max(0.0, begun + at - time.monotonic()))
+        early = self.dice.random() < 1 / 3
+        if not early:
+            move.wait_committed()
+        base, last_s = time.monotonic(), BEFORE_S if early else AFTER_S
+        for at in sorted(self.dice.uniform(0, last_s) for _ in range(self.dice.randint(1, 3))):
+            time.sleep(max(0.0, base + at - time.monotonic()))
             if move.migrate.process.poll() is not None:
                 break
             fault = self.dice.choice(self.FAULTS)
-            move.broken.append(f"{fault.__name__}@{at:.1f}")
+            if fault in self.LAST_HOLDER and "kill_old_qemu" in " ".join(move.broken):
+                continue
+            move.broken.append(f"{fault.__name__}@{'' if early else 'commit+'}{at:.1f}")
             fault(self, move)
         moved = self._ends(move)
         self._look(move, console if moved else self.console)
@@ -183,9 +238,29 @@ class Chaos:
         took = time.monotonic() - begun
         return f"{'moved' if moved else 'stayed'} after {took:.0f} s: {', '.join(move.broken)}"
 
+    def _let_background_run(self, move: Move) -> None:
+        """What began with -n comes to its end only so."""
+        path = move.to.world.source.runtime / "migrate" / f"{move.back.vm}.sock"
+
+        def told() -> bool:
+            if move.migrate.process.poll() is not None:
+                return True
+            try:
+                with ControlClient(path, timeout=PATIENCE) as client:
+                    client.ask("background", on=True)
+                return True
+            except UmemError as e:
+                if "recover" in str(e):
+                    with contextlib.suppress(UmemError), ControlClient(path) as client:
+                        client.ask("recover")
+                return False
+
+        eventually(told, why=f"nobody hears: {move.migrate.said()[-2000:]}")
+
     def _ends(self, move: Move) -> bool:
         """Wait for the end.  Tells whether the guest has moved."""
         while True:
+            self._let_background_run(move)
             status = move.migrate.wait(2 * PATIENCE)
             # A Ctrl-C while it was paused, or before Python had come to our first line.
             if status in (4, -signal.SIGINT) and self._record(move).exists():
