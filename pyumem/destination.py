@@ -499,6 +499,8 @@ class Migration:
             self._break(e)
 
     async def _watch_complete(self) -> None:
+        # Of a VM that is to run and does not yet, the source must not forget anything.
+        await self._target.started.wait()
         if self.hello.confirm:
             self._spawn(self._confirm(), "confirm")
         try:

@@ -227,12 +227,16 @@ class AsyncLink:
         """Return the socket's descriptor."""
         return self._sock.fileno()
 
+    def hang_up(self) -> None:
+        """End the connection for both sides; whoever receives on it sees that."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the connection, unless it was detached; again is harmless."""
         if self._detached:
             return
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self.hang_up()
         self._sock.close()
 
 

@@ -46,14 +46,13 @@ from pyumem.process import ProcessName
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
 from pyumem.recovery import Fate
 from pyumem.report import State
+from pyumem.strangers import Strangers
 from pyumem.tls import Security
 from pyumem.uapi import PAGE_SIZE
 from pyumem.verdicts import Judged, Verdicts
 
 log = logging.getLogger(__name__)
 
-MAX_STRANGERS: Final = 16
-"""Connections that are being greeted at a time; more wait in the kernel's queue."""
 _QEMU_START_S: Final = 120.0
 _ORPHAN_S: Final = 20.0
 """Seconds that a QEMU without its launcher gets to answer, so that it can be ended."""
@@ -122,7 +121,8 @@ class IncomingVm:
         self._sockets: list[socket.socket] = []
         self._qemu: Qemu | None = None
         self._ready = asyncio.Event()
-        self._strangers = asyncio.Semaphore(MAX_STRANGERS)
+        self._strangers = Strangers()
+        self._listeners: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.migration: Migration | None = None
         self._ended = asyncio.Event()
@@ -229,7 +229,8 @@ class IncomingVm:
         """
         try:
             for sock in self._sockets:
-                self._spawn(self._accept(sock), f"accept {self.request.address}")
+                task = self._spawn(self._accept(sock), f"accept {self.request.address}")
+                self._listeners.append(task)
             if self._record is not None or await self._attach():
                 await self._wait()
                 await self._hand_over()
@@ -271,7 +272,10 @@ class IncomingVm:
         try:
             vm._qemu = Qemu.adopt(request.qmp, record.qemu)
         except QemuError as e:
-            vm._judge(Fate.GONE, str(e))
+            if verdicts.of(record.hello.session):
+                vm._forget_record()  # it was judged, and its record about to go
+            else:
+                vm._judge(Fate.GONE, str(e))
             return None
         try:
             vm._sockets = await vm._listen()
@@ -320,13 +324,17 @@ class IncomingVm:
         while not self._qemu.gone.is_set():
             try:
                 await self._qemu.execute("cont")
-                self._note(Phase.STARTED)
                 break
             except UmemError as e:
                 if str(e) != said:
                     said = str(e)
                     log.error("%s: cannot be continued: %s; tried again", self.name, e)
                 await asyncio.sleep(_START_AGAIN_S)
+        try:
+            self._note(Phase.STARTED)
+        except UmemError as e:
+            # It runs, that counts; the next daemon, if there is one, says `cont` once more.
+            log.error("%s: %s", self.name, e)
         log.info("%s: committed, the VM runs here", self.name)
         self._started.set()
 
@@ -335,9 +343,11 @@ class IncomingVm:
         session = self._session
         assert session is not None
         address = str(self.request.address)
-        self._verdicts.judge(Judged(session, self.name, address, time.time(), fate, reason))
+        judged = Judged(session, self.name, address, time.time(), fate, reason)
         self.judged = True
-        self._forget_record()
+        # What is on no disk yet the next daemon has to find out from the record.
+        if self._verdicts.judge(judged):
+            self._forget_record()
 
     def _note(self, phase: Phase) -> None:
         """Leave word for a daemon that comes after this one.  Raises UmemError."""
@@ -388,11 +398,19 @@ class IncomingVm:
             log.error("%s: %s", self.name, self._problem)
             return False
         self._ready.set()
+        self._spawn(self._watch_monitor(self._qemu), "monitor")
         log.info(
             "%s: QEMU (pid %d) waits; source expected on %s",
             *(self.name, self._qemu.pid, self.request.address),
         )
         return True
+
+    async def _watch_monitor(self, qemu: Qemu) -> None:
+        """One that waits and does not listen waits in vain; one that has its VM is left alone."""
+        await qemu.wait_unusable()
+        if not self._ours and not qemu.gone.is_set():
+            log.error("%s: its QEMU (pid %d) closed its QMP socket", self.name, qemu.pid)
+            await self._end_qemu(qemu)
 
     async def _find_qemu(self) -> None:
         """Wait for QEMU, or until its launcher is gone without having started it.
@@ -464,7 +482,7 @@ class IncomingVm:
             if self._resumed.is_set():
                 self._resumed.clear()
                 return False
-            if all(area.info().complete for area in self._areas):
+            if self._started.is_set() and all(area.info().complete for area in self._areas):
                 log.info("%s: complete after all: its last pages were on their way", self.name)
                 if self.migration:
                     self.migration.arrived_after_all()
@@ -485,10 +503,16 @@ class IncomingVm:
                 # Nothing is lost: a complete area is served by the driver as well.
                 log.warning("%s: %s", self.name, e)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine, name=f"{self.name}: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def expect_nobody(self) -> None:
+        """Take no connection any more."""
+        for task in self._listeners:
+            task.cancel()
 
     async def _release(self) -> None:
         for task in list(self._tasks):
@@ -521,21 +545,35 @@ class IncomingVm:
             migration.state is State.COMPLETED and not migration.unconfirmed
         )
         if not self._ours:
-            if migration and migration.state is State.FAILED and migration.prepared:
-                self._judge(Fate.ABORTED, migration.reason)
+            # Who gave it up itself knows; whoever else may have said COMMIT by now.
+            if migration and migration.prepared and migration.state is not State.CANCELLED:
+                self._judge(Fate.ABORTED, migration.reason or "umemctl serve was stopped")
+                return
+        elif self._alive and not self._started.is_set():
+            return  # it is to run, and does not: the next daemon's
         elif confirmed:
             pass
-        elif migration is not None and migration.guest_ended:
+        else:
+            self._judge_ours(migration, qemu)
+            return
+        self._forget_record()
+
+    @property
+    def _alive(self) -> bool:
+        return self._qemu is not None and not self._qemu.gone.is_set()
+
+    def _judge_ours(self, migration: Migration | None, qemu: Qemu | None) -> None:
+        """Leave word of a VM that was here, of which the source does not know how it ended."""
+        if migration is not None and migration.guest_ended:
             self._judge(Fate.ENDED, migration.guest_ended)
         elif all(area.info().complete for area in self._areas):
             self._judge(Fate.COMPLETE)
-        elif qemu is not None and not qemu.gone.is_set():
+        elif self._alive:
             return  # the next daemon's, since this one ends
         elif qemu is not None and qemu.shutdown_reason:
             self._judge(Fate.ENDED, qemu.shutdown_reason)
         else:
             self._judge(Fate.GONE, migration.reason if migration else "its QEMU is gone")
-        self._forget_record()
 
     def _tell_given_up(self, launcher: Asker) -> None:
         """Have the launcher end its QEMU with an error, unless QEMU ended by itself."""
@@ -564,19 +602,16 @@ class IncomingVm:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._strangers.acquire()
             try:
                 sock, at = await loop.sock_accept(listener)
             except OSError as e:
-                self._strangers.release()
                 log.warning("%s: accept: %s", self.name, e.strerror)
                 await asyncio.sleep(1)
                 continue
-            except BaseException:
-                self._strangers.release()
-                raise
             tune(sock)
-            self._spawn(self._connection(AsyncLink(sock, name_of(at))), f"peer {name_of(at)}")
+            link = AsyncLink(sock, name_of(at))
+            self._strangers.add(link, str(at[0]))
+            self._spawn(self._connection(link), f"peer {link.peer}")
 
     async def _connection(self, link: AsyncLink) -> None:
         """Greet one connection and put it where it belongs."""
@@ -585,7 +620,7 @@ class IncomingVm:
             try:
                 hello = await admit(link, self._security, self._lane_token)
             finally:
-                self._strangers.release()
+                self._strangers.remove(link)
             if hello.lane is Lane.CONTROL and hello.resume:
                 migration = await self._resume(hello, link)
             elif hello.lane is Lane.CONTROL:
@@ -628,9 +663,10 @@ class IncomingVm:
         log.info("%s: migration of %s begins, from %s", self.name, hello.vm, link.peer)
         try:
             await welcome(link, self._security.token, hello, lanes)
-        except LinkError:
+        except BaseException:
             self.migration.free()
             self.migration = None
+            self._ended.set()
             raise
         return self.migration
 

@@ -48,6 +48,7 @@ _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 _GREETING_S: Final = 5.0
 _QUIT_S: Final = 5.0
 _RETRY_S: Final = 0.02
+_LAST_WORDS_S: Final = 1.0
 _LATE_RETRY_S: Final = 1.0
 _USE_LAUNCHER: Final = (
     "start the VM with `umem-qemu`, or give QEMU -object memory-backend-file,...,share=on"
@@ -87,7 +88,9 @@ class Qemu:
         self.answers = asyncio.Event()
         """Set when it can be spoken to."""
         self.gone = asyncio.Event()
-        """Set when the QMP connection ended: QEMU is gone, or as good as gone."""
+        """Set when its process has ended."""
+        self.cut = asyncio.Event()
+        """Set when the QMP connection ended, though QEMU may live on."""
         self.migration = "none"
         """The last migration state that QEMU told."""
         self.stopped_at: float | None = None
@@ -136,6 +139,7 @@ class Qemu:
         qemu._tasks = [
             asyncio.create_task(qemu._follow_events(), name=f"qmp events {path}"),
             asyncio.create_task(qemu._follow_end(), name=f"qmp end {path}"),
+            asyncio.create_task(qemu._follow_process(), name=f"process {pid}"),
         ]
         return qemu
 
@@ -179,6 +183,11 @@ class Qemu:
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
+        if self.answers.is_set():
+            # Its last words first: why the VM ended.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self.cut.wait()
         self.gone.set()
         async with self._changed:
             self._changed.notify_all()
@@ -197,7 +206,7 @@ class Qemu:
         self._client, self._listener = found._client, found._listener
         found._forget()
         self.answers.set()
-        await self._follow_events()
+        await asyncio.gather(self._follow_events(), self._follow_end())
 
     def _forget(self) -> None:
         """Leave the connection to somebody else."""
@@ -239,9 +248,15 @@ class Qemu:
     async def _follow_end(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
-        self.gone.set()
+        self.cut.set()
         async with self._changed:
             self._changed.notify_all()
+
+    async def wait_unusable(self) -> None:
+        """Wait until it is gone, or cannot be spoken to any more."""
+        async with self._changed:
+            while not (self.gone.is_set() or self.cut.is_set()):
+                await self._changed.wait()
 
     async def wait_migration(self, *wanted: str) -> str:
         """Wait until the migration has one of these states.
@@ -250,7 +265,7 @@ class Qemu:
         """
         async with self._changed:
             while self.migration not in wanted:
-                if self.gone.is_set():
+                if self.gone.is_set() or self.cut.is_set():
                     raise QemuError(f"QEMU (pid {self.pid}) is gone")
                 if self.migration in ("failed", "cancelled", "cancelling"):
                     break

@@ -52,7 +52,7 @@ class Daemon:
         self._vms: dict[str, IncomingVm] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._verdicts = Verdicts()
-        self._stays: dict[int, asyncio.Task[None]] = {}
+        self._stays: dict[Address, asyncio.Task[None]] = {}
         self._adoption: asyncio.Task[None] | None = None
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._stop = asyncio.Event()
@@ -111,8 +111,8 @@ class Daemon:
         """Take over what other daemons left, each for itself: one that cannot be had now is tried
         again and again.
         """
-        for address in {judged.address for judged in self._verdicts.load() if judged.recent}:
-            self._stay_for(address)
+        self._verdicts.load()
+        self._stay_where_wanted()
         await asyncio.gather(*(self._adopt(record) for record in left_behind()))
 
     async def _adopt(self, record: IncomingRecord) -> None:
@@ -121,7 +121,7 @@ class Daemon:
             try:
                 if record.name in self._vms:
                     raise ControlError("a VM of that name is expected")
-                await self._end_stay(parse(record.listen, listening=True).port)
+                await self._end_stays(parse(record.listen, listening=True).port)
                 vm = await IncomingVm.adopt(
                     record, self._security, self._directory.path, self._verdicts
                 )
@@ -129,10 +129,11 @@ class Daemon:
                 if str(e) != said:
                     said = str(e)
                     log.error("%s: cannot be adopted: %s; tried again", record.name, e)
+                self._stay_where_wanted()
                 await asyncio.sleep(_ADOPT_AGAIN_S)
                 continue
             if vm is None:
-                self._stay_for(parse(record.listen, listening=True))
+                self._stay_where_wanted()
             else:
                 self._vms[vm.name] = vm
                 self._lives[vm.name] = asyncio.create_task(self._live(vm), name=f"VM {vm.name}")
@@ -140,24 +141,31 @@ class Daemon:
 
     # --- ports that are listened on for sources that come back ---
 
-    def _stay_for(self, address: Address) -> None:
-        there = self._stays.get(address.port)
-        if (there is None or there.done()) and not self._stop.is_set():
-            self._stays[address.port] = asyncio.create_task(
-                stay_for(address, self._verdicts, self._security), name=f"stay for {address}"
-            )
+    def _stay_where_wanted(self) -> None:
+        """Listen wherever a source has to be told something, and no VM is expected that does."""
+        if self._stop.is_set():
+            return
+        expected = {vm.request.address.port for vm in self._vms.values()}
+        for address in self._verdicts.addresses:
+            there = self._stays.get(address)
+            if address.port not in expected and (there is None or there.done()):
+                self._stays[address] = asyncio.create_task(
+                    stay_for(address, self._verdicts, self._security), name=f"stay for {address}"
+                )
 
-    async def _end_stay(self, port: int) -> None:
-        task = self._stays.pop(port, None)
-        if task:
+    async def _end_stays(self, port: int) -> None:
+        """Leave a port to somebody else."""
+        tasks = [self._stays.pop(at) for at in list(self._stays) if at.port == port]
+        for task in tasks:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _end_all(self) -> None:
         if self._adoption:
             self._adoption.cancel()
             await asyncio.gather(self._adoption, return_exceptions=True)
         for vm in self._vms.values():
+            vm.expect_nobody()
             if vm.migration:
                 vm.migration.give_up("umemctl serve was stopped")
         # Migrations that gave up end by themselves, having told the source; everything else is cut.
@@ -172,8 +180,8 @@ class Daemon:
         for life in lives:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
-        for port in list(self._stays):
-            await self._end_stay(port)
+        for address in list(self._stays):
+            await self._end_stays(address.port)
 
     # --- questions ---
 
@@ -200,13 +208,14 @@ class Daemon:
             raise ControlError(f"a VM named {request.name} is expected already: give -name another")
         if self._stop.is_set():
             raise ControlError("umemctl serve is stopping")
-        await self._end_stay(request.address.port)
+        await self._end_stays(request.address.port)
         vm = IncomingVm(request, self._security, launcher, self._directory.path, self._verdicts)
         self._vms[request.name] = vm
         try:
             areas = await vm.open()
         except BaseException:
             del self._vms[request.name]
+            self._stay_where_wanted()
             raise
         log.info(
             "%s: areas %s",
@@ -227,5 +236,4 @@ class Daemon:
                 vm.migration.free()
             self._vms.pop(vm.name, None)
             self._lives.pop(vm.name, None)
-        if vm.judged:
-            self._stay_for(vm.request.address)
+        self._stay_where_wanted()

@@ -23,6 +23,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,9 +90,11 @@ class Serving(SourceBase):
 
     def interrupt(self, why: str) -> None:
         """Answer Ctrl-C: no while pages flow; while they do not, leave them to a later --resume."""
-        if self.state is State.POSTCOPY_PAUSED:
+        if self.state in (State.POSTCOPY_PAUSED, State.POSTCOPY_RECOVER):
             self._leave = why
             self._again.set()
+            if self.state is State.POSTCOPY_RECOVER and self._lanes is not None:
+                self._lanes.break_off(LinkError(why))  # an attempt that may take its time
         else:
             self._tell(
                 f"{why}: not stopping: {self.vm} runs at {self._to} and needs "
@@ -242,7 +245,12 @@ class Serving(SourceBase):
         """Know that the destination has the VM, and make sure that it runs nowhere else."""
         assert self._record is not None
         if not self._record.answered or self._record.address != self._to:
-            self._record = self._record.answer(self._to)
+            try:
+                self._record = self._record.answer(self._to)
+            except UmemError as e:
+                # Pages flow first.  A later --resume that does not know it asks, and is told.
+                self._tell(f"{self.vm}: {e}")
+                self._record = replace(self._record, answered=True, destination=str(self._to))
         if not self._lives_with_qemu():
             await self._end_qemu()
 
@@ -307,7 +315,12 @@ class Serving(SourceBase):
             self._record = self._record.stay()
             if self._qemu is None:
                 try:
-                    self._record.qemu.signal(signal.SIGCONT)
+                    if not self._record.qemu.signal(signal.SIGCONT):
+                        # Another one of that name, at the same socket, is none of ours.
+                        self._tell(f"{self.vm}: its QEMU (pid {self._record.qemu.pid}) is gone")
+                        self._record.remove()
+                        self._record = None
+                        return True
                     self._qemu = await Qemu.connect(Path(self._record.qmp))
                     blocks = zip(self._ram, self._ram_fds, strict=True)
                     self._qemu.identify({block.id: fd for block, fd in blocks})

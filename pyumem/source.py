@@ -85,6 +85,8 @@ class Migration(Serving):
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._close)
                 await self._until_commit(stack)
+                # From here on nothing cancels this task: what it undoes it undoes as a whole.
+                self._resuming = True
                 await self._after_commit()
         except BaseException as e:
             self.report.error = str(e)
@@ -137,7 +139,7 @@ class Migration(Serving):
         assert self._lanes is not None and self._qemu is not None
         if self._lanes.broken.done():
             self._lanes.broken.result()
-        if self._qemu.gone.is_set():
+        if self._qemu.gone.is_set() or self._qemu.cut.is_set():
             raise QemuError(f"the source's QEMU (pid {self._qemu.pid}) is gone")
         if self._qemu.resumed:
             raise QemuError(f"somebody continued {self.vm} at its monitor during the migration")
@@ -184,7 +186,7 @@ class Migration(Serving):
         await lanes.add_workers()
 
     async def _watch_qemu(self, qemu: Qemu, lanes: Lanes) -> None:
-        await qemu.gone.wait()
+        await qemu.wait_unusable()
         if not self.state.committed:
             lanes.break_off(QemuError(f"the source's QEMU (pid {qemu.pid}) is gone"))
 
@@ -328,7 +330,7 @@ class Migration(Serving):
         try:
             await lanes.unless_broken(self._commit(lanes, sent_at), result_counts=True)
         except (UmemError, OSError) as e:
-            if lanes.aborted:
+            if lanes.aborted and not lanes.told[Kind.RUNNING].done():
                 # Its word is ABORT: it had not taken COMMIT when it said so, and never will.
                 self.state = State.FAILED
                 if not await self._undo(True, str(e)):

@@ -271,7 +271,13 @@ class Lanes:
     async def _release(self, header: wire.Header, bits: memoryview) -> None:
         """Give back what the destination says that it has."""
         ram, release = self._session.ram, self._session.release
-        if release is None or header.area >= len(ram) or header.pgoff % 8:
+        # Before the commit no page here is the second one.
+        if (
+            release is None
+            or not self._expected(Kind.HAVE)
+            or header.area >= len(ram)
+            or header.pgoff % 8
+        ):
             raise ProtocolError(f"{self._to}: HAVE out of turn, or of an area that is not there")
         area = ram[header.area]
         wire.check_bitmap(header, area.id, area.size // PAGE_SIZE)

@@ -26,6 +26,7 @@ from pyumem.greeting import AsyncLink, admit, refuse, welcome
 from pyumem.hello import Hello
 from pyumem.lanes.link import tune
 from pyumem.recovery import Fate, Verdict
+from pyumem.strangers import Strangers
 from pyumem.tls import Security
 from pyumem.wire import Kind
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 KEEP_S: Final = 24 * 3600.0
 LISTEN_S: Final = 3600.0
-_AT_A_TIME: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +94,37 @@ class Verdicts:
                 self._known[judged.session] = judged
         return list(self._known.values())
 
-    def judge(self, judged: Judged) -> None:
-        """Keep one.  What cannot be written is known to this process all the same."""
+    def judge(self, judged: Judged) -> bool:
+        """Keep one.  What cannot be written is known to this process all the same.
+
+        Tells whether it was written.
+        """
+        self._forget_old()
         self._known[judged.session] = judged
         try:
             runtime.make_private(_directory())
             runtime.write_record(_directory() / f"{judged.session}.json", asdict(judged))
-        except UmemError as e:
+            return True
+        except (UmemError, OSError) as e:
             log.error("%s: %s", judged.name, e)
+            return False
+
+    def _forget_old(self) -> None:
+        for session, judged in list(self._known.items()):
+            if time.time() - judged.at > KEEP_S:
+                del self._known[session]
+                with contextlib.suppress(OSError):
+                    (_directory() / f"{session}.json").unlink(missing_ok=True)
+
+    @property
+    def addresses(self) -> set[Address]:
+        """Return where sources that have to be told something may come to."""
+        found = set()
+        for judged in self._known.values():
+            if judged.recent:
+                with contextlib.suppress(UmemError):
+                    found.add(judged.address)
+        return found
 
     def of(self, session: str) -> Verdict | None:
         """Return what is known of a session."""
@@ -132,7 +155,7 @@ async def stay_for(address: Address, verdicts: Verdicts, security: Security) -> 
     except UmemError as e:
         log.info("%s: not listened on for sources that come back: %s", address, e)
         return
-    strangers = asyncio.Semaphore(_AT_A_TIME)
+    strangers = Strangers()
     try:
         async with asyncio.timeout(LISTEN_S), asyncio.TaskGroup() as group:
             for sock in sockets:
@@ -148,22 +171,22 @@ async def _accept(
     listener: socket.socket,
     verdicts: Verdicts,
     security: Security,
-    strangers: asyncio.Semaphore,
+    strangers: Strangers,
     group: asyncio.TaskGroup,
 ) -> None:
     loop = asyncio.get_running_loop()
     while True:
-        await strangers.acquire()
         try:
             sock, at = await loop.sock_accept(listener)
         except OSError as e:
             log.warning("accept: %s", e.strerror)
             await asyncio.sleep(1)
-            strangers.release()
             continue
         tune(sock)
-        task = group.create_task(_answer(AsyncLink(sock, name_of(at)), verdicts, security))
-        task.add_done_callback(lambda _: strangers.release())
+        link = AsyncLink(sock, name_of(at))
+        strangers.add(link, str(at[0]))
+        task = group.create_task(_answer(link, verdicts, security))
+        task.add_done_callback(lambda _, link=link: strangers.remove(link))  # type: ignore[misc]
 
 
 async def _answer(link: AsyncLink, verdicts: Verdicts, security: Security) -> None:

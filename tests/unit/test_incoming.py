@@ -8,6 +8,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,18 @@ from pyumem import incoming
 from pyumem.address import Address
 from pyumem.area import Area
 from pyumem.control import Asker
-from pyumem.hello import AreaSpec
+from pyumem.destination import Phase
+from pyumem.errors import UmemError
+from pyumem.hello import AreaSpec, Hello, Lane
 from pyumem.incoming import IncomingRequest, IncomingVm
+from pyumem.incoming_record import IncomingRecord, left_behind
+from pyumem.process import ProcessName
 from pyumem.qemu import DESTINATION_CAPABILITIES, Qemu
+from pyumem.recovery import Fate
 from pyumem.tls import Security
 from pyumem.uapi import PAGE_SIZE
 from pyumem.verdicts import Verdicts
-from tests.unit.fake_qemu import fake_qemu
+from tests.unit.fake_qemu import FakeQemu, fake_qemu
 from tests.unit.fakes import open_descriptors
 
 SIZE = 2 * PAGE_SIZE
@@ -214,3 +220,107 @@ def test_a_qemu_that_answers_in_the_instant_of_the_end_is_ended(
             assert fake.process.wait(10) == 0, "it was told to quit"
 
     run(tmp_path, ram, monkeypatch, work)
+
+
+# --- a daemon was killed after COMMIT, before `cont` ---
+
+
+class WholeArea(FakeArea):
+    """One whose pages are all here."""
+
+    def info(self) -> Any:  # noqa: ANN401
+        return SimpleNamespace(complete=True, mapped=True, nr_cached=2, granule_size=PAGE_SIZE)
+
+    def make_anonymous(self) -> None:
+        """Nothing to do."""
+
+
+@pytest.fixture
+def adopt(
+    tmp_path: Path, ram: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Awaitable[IncomingVm]]:
+    """Return a function that adopts a VM which a QEMU that it is given has."""
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(Area, "reattach", lambda _number: WholeArea(ram))
+    monkeypatch.setattr(incoming, "_POLL_PAUSED_S", 0.1)
+    monkeypatch.setattr(incoming, "_START_AGAIN_S", 0.1)
+
+    async def do(qemu: FakeQemu, verdicts: Verdicts) -> IncomingVm:
+        areas = (AreaSpec("ram0", SIZE, PAGE_SIZE),)
+        record = IncomingRecord(
+            name="vm1",
+            listen="tcp:127.0.0.1:1",
+            phase=Phase.COMMITTED_RUN,
+            hello=Hello(Lane.CONTROL, "0" * 32, "vm1", "ab" * 32, "umem", areas=areas),
+            qmp=str(qemu.qmp),
+            incoming="/in",
+            qemu=ProcessName.of(qemu.process.pid),
+            autostart=True,
+            touch=False,
+            areas=areas,
+            area_ids=(3,),
+        )
+        record.write()
+        monkeypatch.setattr(incoming, "listen", lambda _address: [])
+        vm = await IncomingVm.adopt(record, Security(), None, verdicts)
+        assert vm is not None
+        return vm
+
+    return do
+
+
+def test_a_vm_that_is_to_run_is_not_complete_before_it_does(
+    tmp_path: Path, ram: Path, adopt: Callable[..., Awaitable[IncomingVm]]
+) -> None:
+    """Its main loop answers late: the source must not be told that it may forget, before."""
+
+    async def main(qemu: FakeQemu) -> None:
+        verdicts = Verdicts()
+        vm = await adopt(qemu, verdicts)
+        life = asyncio.create_task(vm.run())
+        await asyncio.sleep(0.7)
+        assert not life.done() and verdicts.of("0" * 32) is None
+        await asyncio.wait_for(life, 20)
+        assert "cont" in qemu.heard()
+        verdict = verdicts.of("0" * 32)
+        assert verdict is not None and verdict.fate is Fate.COMPLETE
+
+    with fake_qemu(tmp_path, ram, mute_s=1.5) as qemu:
+        asyncio.run(main(qemu))
+
+
+def test_a_vm_that_cannot_be_continued_is_left_to_the_next_daemon(
+    tmp_path: Path, ram: Path, adopt: Callable[..., Awaitable[IncomingVm]]
+) -> None:
+    async def main(qemu: FakeQemu) -> None:
+        verdicts = Verdicts()
+        vm = await adopt(qemu, verdicts)
+        life = asyncio.create_task(vm.run())
+        await asyncio.sleep(0.7)
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        assert verdicts.of("0" * 32) is None
+        (left,) = left_behind()
+        assert left.phase is Phase.COMMITTED_RUN
+
+    with fake_qemu(tmp_path, ram, refuses=["cont"]) as qemu:
+        asyncio.run(main(qemu))
+
+
+def test_it_is_continued_once_though_that_cannot_be_written_down(
+    tmp_path: Path,
+    ram: Path,
+    adopt: Callable[..., Awaitable[IncomingVm]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(_record: IncomingRecord) -> None:
+        raise UmemError("no space left")
+
+    async def main(qemu: FakeQemu) -> None:
+        vm = await adopt(qemu, Verdicts())
+        monkeypatch.setattr(IncomingRecord, "write", full)
+        await asyncio.wait_for(vm.run(), 20)
+        assert qemu.heard().count("cont") == 1
+
+    with fake_qemu(tmp_path, ram) as qemu:
+        asyncio.run(main(qemu))

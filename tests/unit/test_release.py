@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyumem.errors import CheckError
+from pyumem import wire
+from pyumem.address import Address
+from pyumem.errors import CheckError, ProtocolError
+from pyumem.greeting import AsyncLink
 from pyumem.qemu import RamBlock
 from pyumem.ram import PAGE_SIZE
 from pyumem.release import Release, _runs
+from pyumem.report import State
+from pyumem.source import Migration
+from pyumem.source_base import Plan
+from pyumem.tls import Security
 
 NPAGES = 64
 
@@ -58,3 +67,27 @@ def test_what_cannot_be_given_back_is_refused() -> None:
         Release([RamBlock("ram0", "/dev/zero", PAGE_SIZE)])
     with pytest.raises(CheckError, match="No such file"):
         Release([RamBlock("ram0", "/nowhere/x", PAGE_SIZE)])
+
+
+@pytest.mark.parametrize("state", [State.SETUP, State.DEVICE])
+def test_nothing_is_given_back_before_the_commit(ram: Path, state: State) -> None:
+    """What a destination says then is a lie: the page here is the only one."""
+
+    async def main() -> None:
+        plan = Plan(Path("/qmp"), Address("h", 1), Security(), release_ram=True)
+        migration = Migration(plan, print)
+        migration._take_ram([RamBlock("ram0", str(ram), NPAGES * PAGE_SIZE)])
+        migration._make_claims()
+        migration.state = state
+        lanes = migration._new_lanes()
+        one, other = socket.socketpair()
+        lanes.link, peer = AsyncLink(one, "destination"), AsyncLink(other, "source")
+        lanes.follow()
+        await peer.send(wire.pack_bitmap(0, 0, NPAGES, b"\xff" * 8))
+        with pytest.raises(ProtocolError, match="HAVE out of turn"):
+            await asyncio.wait_for(asyncio.shield(lanes.broken), 10)
+        peer.close()
+        await migration._close()
+
+    asyncio.run(main())
+    assert ram.read_bytes()[-1] == NPAGES

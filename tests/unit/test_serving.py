@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from pyumem import serving, wire
+from pyumem import runtime, serving, wire
 from pyumem.address import Address
 from pyumem.area import Area
 from pyumem.commit_record import CommitRecord
@@ -26,6 +27,7 @@ from pyumem.qemu import RamBlock
 from pyumem.recovery import Fate, Verdict, tell_have
 from pyumem.report import Report, State
 from pyumem.serving import Resumed
+from pyumem.source import Migration
 from pyumem.source_base import Plan
 from pyumem.tls import Security
 from pyumem.wire import Kind
@@ -50,6 +52,7 @@ class Scene:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
         self.migration: Resumed
+        self.qemu: FakeQemu | None = None
         self.qemu_ended: int | None
         self.open: list[AsyncLink]
 
@@ -103,6 +106,7 @@ def run(
 
     async def main(qemu: FakeQemu) -> Report | UmemError:
         record = scene.record(qemu)
+        scene.qemu = qemu
         os.kill(qemu.process.pid, signal.SIGSTOP)
         plan = Plan(qemu.qmp, record.address, Security(), background=False)
         scene.migration = Resumed(plan, record, scene.said.append)
@@ -241,3 +245,90 @@ def test_only_what_is_missing_is_sent(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(came) == list(range(1, NPAGES, 2)), "each page once"
     told: dict[str, Any] = scene.migration.to_json()
     assert told["pages_done"] == NPAGES
+
+
+def test_pages_flow_though_nothing_can_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _record: object) -> None:
+        raise UmemError(f"{path}: No space left on device")
+
+    async def destination(scene: Scene) -> None:
+        monkeypatch.setattr(runtime, "write_record", full)
+        link = await scene.verdict(Verdict(Fate.HERE))
+        await tell_have(link, [cast("Any", FakeArea([False] * NPAGES))])
+        lanes = {}
+        for _ in range(2):
+            lane, kind = await scene.connection()
+            await welcome(lane, b"", scene.hello)
+            lanes[kind] = lane
+        request = wire.pack_offsets(Kind.REQUEST, 0, [0])
+        await lanes[Lane.URGENT].send(request)
+        async with asyncio.timeout(20):
+            frame = await lanes[Lane.URGENT].receive()
+        assert frame is not None and frame[0].kind in (Kind.PAGES, Kind.ZERO)
+        await link.send_json(Kind.COMPLETE, {})
+        while await link.receive():
+            pass
+
+    scene, _, report = run(tmp_path, monkeypatch, destination, answered=False)
+    assert isinstance(report, Report) and report.state is State.COMPLETED
+    assert any("No space left" in line for line in scene.said)
+
+
+@pytest.mark.parametrize("word", ["SIGTERM", "Ctrl-C"])
+def test_taking_the_vm_back_is_not_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Also in the process that sent it: from COMMIT on nothing cancels what it does."""
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(serving, "_FIRST_RETRY_S", 0.01)
+    scene = Scene(tmp_path, answered=False, committed=True)
+
+    async def main(qemu: FakeQemu) -> None:
+        record = scene.record(qemu)
+        plan = Plan(qemu.qmp, record.address, Security(), background=False)
+        migration = Migration(plan, scene.said.append)
+        migration._session_id, migration.vm, migration._record = record.session, "vm1", record
+        migration._was_running, migration.state = True, State.POSTCOPY_PAUSED
+        migration._take_ram(list(record.ram))
+        migration._ram_fds.append(serving.hold_ram(record.ram[0]))
+        migration._make_claims()
+        os.kill(qemu.process.pid, signal.SIGSTOP)
+
+        async def life(stack: contextlib.AsyncExitStack) -> None:
+            del stack
+
+        async def after_commit() -> None:
+            await migration._until_complete(migration._take_up())
+
+        monkeypatch.setattr(migration, "_until_commit", life)
+        monkeypatch.setattr(migration, "_after_commit", after_commit)
+        running = asyncio.create_task(migration.run())
+        await scene.verdict(Verdict(Fate.ABORTED, "lost before COMMIT"))
+        async with asyncio.timeout(20):
+            while migration.state is not State.FAILED:
+                await asyncio.sleep(0.01)
+        migration.interrupt(word)
+        with pytest.raises(UmemError, match="never got COMMIT"):
+            await asyncio.wait_for(running, 60)
+        assert not record.path.exists(), "it is taken back"
+
+    with scene.listener, fake_qemu(tmp_path, scene.ram, answers=ANSWERS) as qemu:
+        asyncio.run(main(qemu))
+    assert any("being continued here" in line for line in scene.said)
+
+
+def test_a_vm_whose_qemu_is_gone_is_not_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def destination(scene: Scene) -> None:
+        assert scene.qemu is not None
+        scene.qemu.process.kill()
+        scene.qemu.process.wait()
+        await scene.verdict(Verdict(Fate.ABORTED, "lost before COMMIT"))
+
+    scene, _, error = run(tmp_path, monkeypatch, destination, answered=False)
+    assert isinstance(error, UmemError) and "never got COMMIT" in str(error)
+    assert not list((tmp_path / "migrate").glob("*.json"))
+    assert any("is gone" in line for line in scene.said)
