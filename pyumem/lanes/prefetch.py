@@ -2,9 +2,9 @@
 """Which neighbours of a requested page are sent unasked: `--prefetch-forward`,
 `--prefetch-backward`.
 
-The window adapts: a request that continues where the last one of its area ended doubles it, another
-one halves it.  So a guest that reads on gets long runs, and one that jumps about pays for little
-that it does not want.
+The window adapts, in each direction by itself: a request that continues where the last one of its
+area ended, or that ends where it began, doubles it, another one halves it.  So a guest that reads
+on, or backwards, gets long runs, and one that jumps about pays for little that it does not want.
 """
 
 from __future__ import annotations
@@ -54,27 +54,31 @@ class Window:
         """Begin with what was asked for."""
         self._wish = wish
         self._npages = npages
-        self._scale = 1.0
-        self._end = -1
+        self._forward = self._backward = 1.0
+        self._start = self._end = -1
 
     def around(self, pgoff: int, count: int) -> list[tuple[int, int]]:
         """Return the ranges (first page, count) to send after this request, the next ones first."""
-        forward = self._scaled(self._wish.forward)
+        wish = self._wish
         # What was prefetched is not asked for: the next request comes from behind it.
         if self._end >= 0:
-            near = self._end <= pgoff <= self._end + forward + self._wish.forward
-            self._scale = min(self._scale * 2, _WIDEST) if near else self._scale / 2
-            self._scale = max(self._scale, 1 / MAX_PAGES)
-        self._end = pgoff + count
+            reach = int(wish.forward * self._forward) + wish.forward
+            self._forward = _adapt(self._forward, near=0 <= pgoff - self._end <= reach)
+            reach = int(wish.backward * self._backward) + wish.backward
+            self._backward = _adapt(
+                self._backward, near=0 <= self._start - (pgoff + count) <= reach
+            )
+        self._start, self._end = pgoff, pgoff + count
         ranges = []
-        if ahead := min(self._scaled(self._wish.forward), self._npages - self._end):
+        if ahead := min(int(wish.forward * self._forward), self._npages - self._end):
             ranges.append((self._end, ahead))
-        if behind := min(self._scaled(self._wish.backward), pgoff):
+        if behind := min(int(wish.backward * self._backward), pgoff):
             ranges.append((pgoff - behind, behind))
         return ranges
 
-    def _scaled(self, pages: int) -> int:
-        return int(pages * self._scale)
+
+def _adapt(scale: float, *, near: bool) -> float:
+    return min(scale * 2, _WIDEST) if near else max(scale / 2, 1 / MAX_PAGES)
 
 
 class Ahead:
@@ -83,7 +87,7 @@ class Ahead:
     def __init__(self, wish: Prefetch, sizes: list[int]) -> None:
         """sizes: pages of each area."""
         self._windows = [Window(wish, npages) for npages in sizes] if wish else []
-        self._waiting: deque[tuple[int, int, int]] = deque(maxlen=_WAITING)
+        self._waiting: deque[tuple[int, int, int, bool]] = deque(maxlen=_WAITING)
 
     def __bool__(self) -> bool:
         """Tell whether something waits."""
@@ -93,11 +97,12 @@ class Ahead:
         """Note what was asked for and sent."""
         if self._windows:
             for first, nr in reversed(self._windows[area].around(pgoff, count)):
-                self._waiting.appendleft((area, first, nr))
+                self._waiting.appendleft((area, first, nr, first < pgoff))
 
     def take(self) -> tuple[int, int, int]:
-        """Return the next piece: area, first page, count."""
-        area, first, count = self._waiting.popleft()
-        if count > PIECE_PAGES:
-            self._waiting.appendleft((area, first + PIECE_PAGES, count - PIECE_PAGES))
-        return area, first, min(count, PIECE_PAGES)
+        """Return the next piece: area, first page, count; the nearest to the request first."""
+        area, first, count, before = self._waiting.popleft()
+        piece = min(count, PIECE_PAGES)
+        if rest := count - piece:
+            self._waiting.appendleft((area, first if before else first + piece, rest, before))
+        return area, first + rest if before else first, piece

@@ -25,6 +25,18 @@ def test_sequential_access_widens_up_to_a_limit() -> None:
     assert sizes == [16, 32, 64, 128, 128, 128]
 
 
+def test_access_backwards_widens_what_is_before_and_nothing_else() -> None:
+    window = Window(Prefetch(forward=8, backward=16), 100_000)
+    at, sizes = 50_000, []
+    for _ in range(6):
+        ranges = window.around(at, 1)
+        first, count = ranges[-1]
+        assert first + count == at
+        sizes.append([nr for _, nr in ranges])
+        at = first - 1
+    assert sizes == [[8, 16], [4, 32], [2, 64], [1, 128], [128], [128]]
+
+
 def test_random_access_shrinks_to_nothing_and_recovers() -> None:
     window = Window(Prefetch(forward=4), 100_000)
     window.around(50_000, 1)
@@ -62,6 +74,16 @@ def test_pieces_are_small_and_the_newest_request_comes_first() -> None:
         got.append(ahead.take())
     full = PIECE_PAGES
     assert got == [(1, 501, full), (1, 501 + full, 4), (0, 11, full), (0, 11 + full, 4)]
+
+
+def test_what_is_before_comes_from_its_end_on() -> None:
+    ahead = Ahead(Prefetch(backward=2 * PIECE_PAGES + 1), [1000])
+    ahead.requested(0, 500, 1)
+    got = []
+    while ahead:
+        got.append(ahead.take())
+    full = PIECE_PAGES
+    assert got == [(0, 500 - full, full), (0, 500 - 2 * full, full), (0, 499 - 2 * full, 1)]
 
 
 def test_old_ranges_are_dropped() -> None:
