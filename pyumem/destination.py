@@ -32,6 +32,7 @@ from typing import Any, Final
 from pyumem import wire
 from pyumem.area import Area
 from pyumem.claims import Slots
+from pyumem.compression import accept, directory
 from pyumem.errors import LinkError, ProtocolError, QemuError, RefusedError, UmemError
 from pyumem.greeting import AsyncLink, refuse, welcome
 from pyumem.heartbeat import beat
@@ -197,6 +198,7 @@ class Migration:
         self._lanes[key] = None  # taken from here on, though its worker is only starting
         name = f"{hello.lane.value} lane {hello.index} of {self._target.name}"
         worker = Worker(name, StatsBlock.create(name), self._worker_failed)
+        compression = accept(hello)
         module = "destination_urgent" if hello.lane is Lane.URGENT else "destination_background"
         with contextlib.closing(link.detach()) as sock:
             tune(sock, urgent=hello.lane is Lane.URGENT)
@@ -211,11 +213,12 @@ class Migration:
                     "touch": self._target.touch,
                     "resumed": self._resumed,
                     "tls": self.lanes.to_json(),
+                    "compression": directory() if compression else "",
                 }
                 await worker.start(module, message, fds)
                 self._lanes[key] = worker
                 greeter = AsyncLink(sock, link.peer)
-                await welcome(greeter, self.lanes.token, hello)
+                await welcome(greeter, self.lanes.token, hello, compression=compression)
                 sock.setblocking(True)
                 if self._closed or self._broken.done():
                     raise LinkError(f"{link.peer}: {name} came too late")

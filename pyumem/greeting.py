@@ -329,13 +329,18 @@ def lane_security(link: AsyncLink, security: Security) -> LaneSecurity:
 
 
 async def welcome(
-    link: AsyncLink, token: bytes, hello: Hello, lanes: LaneSecurity | None = None
+    link: AsyncLink,
+    token: bytes,
+    hello: Hello,
+    lanes: LaneSecurity | None = None,
+    *,
+    compression: str = "",
 ) -> None:
     """Answer a HELLO, proving that this side has the token too; on a control lane tell what its
-    page lanes are to prove.  Raises LinkError.
+    page lanes are to prove, on a background lane how pages may be compressed.  Raises LinkError.
     """
     secret = lanes.token.decode() if lanes and lanes.tls else ""
-    frame = wire.pack_json(Kind.WELCOME, Welcome(software(), secret).to_json())
+    frame = wire.pack_json(Kind.WELCOME, Welcome(software(), secret, compression).to_json())
     text = frame[wire.HEADER_SIZE :]
     proof = messages.mac(token, "destination", hello.nonce, text)
     await link.send(wire.pack(Kind.WELCOME, len(proof) + len(text)) + proof + text)
@@ -379,12 +384,12 @@ async def introduce_control(
     )
 
 
-async def introduce(link: AsyncLink, token: bytes, hello: Hello) -> None:
-    """Answer the destination's CHALLENGE on a page lane and wait until it says WELCOME.
+async def introduce(link: AsyncLink, token: bytes, hello: Hello) -> Welcome:
+    """Answer the destination's CHALLENGE on a page lane and return its WELCOME.
 
     Raises RefusedError with its reason, ProtocolError, LinkError.
     """
-    await _introduce(link, await _challenge(link), token, hello)
+    return await _introduce(link, await _challenge(link), token, hello)
 
 
 async def _challenge(link: AsyncLink) -> Challenge:

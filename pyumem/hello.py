@@ -81,6 +81,11 @@ def _matching(message: dict[str, Any], key: str, pattern: re.Pattern[str]) -> st
     return value
 
 
+def _compression(message: dict[str, Any]) -> str:
+    """Return that member.  A peer that does not know of it has none.  Raises ProtocolError."""
+    return text(message, "compression") if "compression" in message else ""
+
+
 # --- the messages ---
 
 
@@ -136,15 +141,21 @@ class Welcome:
     software: str
     lane_secret: str = ""
     """Under TLS, on the control lane: the token of its page lanes, whose greeting is in clear."""
+    compression: str = ""
+    """On a background lane: what of HELLO's offer may be used; empty for none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"software": self.software, "lane_secret": self.lane_secret}
+        return {
+            "software": self.software,
+            "lane_secret": self.lane_secret,
+            "compression": self.compression,
+        }
 
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> Welcome:
         """Check and read the JSON form.  Raises ProtocolError."""
-        return cls(text(message, "software"), text(message, "lane_secret"))
+        return cls(text(message, "software"), text(message, "lane_secret"), _compression(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +176,8 @@ class Hello:
     """On the control lane: take a committed migration up again; VERDICT is the answer."""
     confirm: bool = False
     """On the control lane: say every now and then, with HAVE, which pages have come."""
+    compression: str = ""
+    """On a background lane: how pages may come, if the destination takes it; empty for plain."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -179,6 +192,7 @@ class Hello:
             "areas": [area.to_json() for area in self.areas],
             "resume": self.resume,
             "confirm": self.confirm,
+            "compression": self.compression,
         }
 
     @classmethod
@@ -205,6 +219,7 @@ class Hello:
             areas=specs,
             resume=flag(message, "resume"),
             confirm=flag(message, "confirm"),
+            compression=_compression(message),
         )
 
 

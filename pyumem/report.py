@@ -107,6 +107,9 @@ class Report:
     demand_latency_p99_us: float | None = None
     demand_latency_max_us: float | None = None
     bytes_sent_by_lane: dict[str, int] = field(default_factory=dict)
+    bytes_before_compression: int = 0
+    """Of pages_background: content that went compressed."""
+    bytes_after_compression: int = 0
     device_state_bytes: int = 0
     recoveries: int = 0
     """How often it was taken up again after the commit."""

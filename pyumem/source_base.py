@@ -15,6 +15,7 @@ from typing import Any
 
 from pyumem.address import Address
 from pyumem.claims import UNPACED, ClaimMap, Slots
+from pyumem.compression import Compress
 from pyumem.errors import UmemError
 from pyumem.hello import Lane
 from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
@@ -44,6 +45,8 @@ class Plan:
     """Give pages back to the host as soon as the destination has them."""
     prefetch: Prefetch = NO_PREFETCH
     """Neighbours of requested pages that are sent unasked."""
+    compress: Compress = Compress.AUTO
+    """Whether the background transfer is compressed."""
 
 
 class SourceBase:
@@ -140,6 +143,9 @@ class SourceBase:
         report.pages_prefetched = self._totals(Lane.URGENT).prefetched
         report.pages_background = progress.pages_background
         report.pages_zero = progress.pages_zero
+        background = self._totals(Lane.BACKGROUND)
+        report.bytes_before_compression = background.bytes_before
+        report.bytes_after_compression = background.bytes_after
         report.pages_released = self._release.pages if self._release else 0
         report.device_state_bytes = self._device_bytes
         report.bytes_sent_by_lane = {"control": self._device_bytes} | {
@@ -217,6 +223,7 @@ class SourceBase:
             security=self._plan.security,
             background_lanes=self._plan.background_lanes,
             prefetch=self._plan.prefetch,
+            compress=self._plan.compress,
             ram=self._ram,
             ram_fds=self._ram_fds,
             claims=self._claims,

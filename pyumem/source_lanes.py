@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 from pyumem import wire
 from pyumem.address import Address
 from pyumem.claims import ClaimMap
+from pyumem.compression import Compress, directory, offer
 from pyumem.errors import LinkError, ProtocolError, UmemError
 from pyumem.greeting import AsyncLink, introduce, introduce_control, software
 from pyumem.heartbeat import beat
@@ -46,6 +47,7 @@ class Session:
     security: Security
     background_lanes: int
     prefetch: Prefetch
+    compress: Compress
     ram: Sequence[RamBlock]
     ram_fds: Sequence[int]
     claims: ClaimMap
@@ -66,6 +68,7 @@ class Session:
             areas=areas if lane is Lane.CONTROL else (),
             resume=resume,
             confirm=self.release is not None and lane is Lane.CONTROL,
+            compression=offer(self.compress) if lane is Lane.BACKGROUND else "",
         )
 
 
@@ -144,16 +147,23 @@ class Lanes:
         self.workers[lane, index] = worker
         link = await AsyncLink.connect(self._to)
         try:
-            await introduce(link, self._security.token, session.hello(lane, index))
+            hello = session.hello(lane, index)
+            welcome = await introduce(link, self._security.token, hello)
         except BaseException:
             link.close()
             raise
+        compression = None
+        if hello.compression and welcome.compression == hello.compression:
+            compression = {"directory": directory(), "wish": session.compress.value}
+        elif session.compress is Compress.ON and (lane, index) == (Lane.BACKGROUND, 0):
+            self._tell(f"{link.peer} does not take compressed pages: they go as they are")
         module = "source_urgent" if lane is Lane.URGENT else "source_background"
         message = {
             "peer": link.peer,
             "index": index,
             "areas": [{"id": block.id, "size_bytes": block.size} for block in session.ram],
             "prefetch": session.prefetch.to_json(),
+            "compression": compression,
             "tls": self._security.to_json(),
         }
         with contextlib.closing(link.detach()) as sock:

@@ -33,6 +33,8 @@ class Counter(IntEnum):
     MARKED = 5  # granules that were missing before the mark
     LATENCY_MAX_NS = 6
     PREFETCHED = 9  # pages on the urgent lane that nobody had asked for, zero ones among them
+    BYTES_BEFORE = 12  # of page content that went compressed: before that,
+    BYTES_AFTER = 13  # and after it
     MEMORY_WAITS = 8  # times that a write found no memory and waited for some
 
 
@@ -72,6 +74,8 @@ class Totals:
     marked: int = 0
     memory_waits: int = 0
     prefetched: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
     latency_max_ns: int = 0
     buckets: list[int] = field(default_factory=lambda: [0] * NR_BUCKETS)
 
@@ -87,6 +91,8 @@ class Totals:
             self.marked + other.marked,
             self.memory_waits + other.memory_waits,
             self.prefetched + other.prefetched,
+            self.bytes_before + other.bytes_before,
+            self.bytes_after + other.bytes_after,
             max(self.latency_max_ns, other.latency_max_ns),
             [a + b for a, b in zip(self.buckets, other.buckets, strict=True)],
         )
@@ -158,6 +164,8 @@ class StatsBlock:
             marked=words[Counter.MARKED],
             memory_waits=words[Counter.MEMORY_WAITS],
             prefetched=words[Counter.PREFETCHED],
+            bytes_before=words[Counter.BYTES_BEFORE],
+            bytes_after=words[Counter.BYTES_AFTER],
             latency_max_ns=words[Counter.LATENCY_MAX_NS],
             buckets=words[_NR_COUNTERS:],
         )

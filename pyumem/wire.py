@@ -12,8 +12,8 @@ A frame is a header of 24 bytes, all of it big-endian, and a payload of `length`
          4    4  length of the payload in bytes
          8    2  area: index in the list of areas of HELLO
         10    2  reserved, zero
-        12    4  count: of pages (PAGES, HAVE), of offsets (REQUEST, DISCARD), of ranges (ZERO)
-        16    8  pgoff: first page (PAGES, HAVE)
+        12    4  count: of pages (PAGES, PACKED, HAVE), offsets (REQUEST, DISCARD), ranges (ZERO)
+        16    8  pgoff: first page (PAGES, PACKED, HAVE)
 
 The first eight bytes keep their meaning in every version, so that peers of different versions can
 tell each other so.
@@ -44,6 +44,10 @@ MAX_DEVICE: Final = 256 * 1024
 """Largest piece of device state in one frame, in bytes."""
 MAX_RUN: Final = 1024 * 1024
 """Largest payload of a PAGES frame, in bytes."""
+MAX_PACKED: Final = 256 * 1024
+"""What the pages of one PACKED frame are at most, before and all the more after compression, in
+bytes: a receiver has room for that and no more.
+"""
 MAX_OFFSETS: Final = 4096
 """Most offsets of one REQUEST or DISCARD."""
 MAX_RANGES: Final = 4096
@@ -80,6 +84,7 @@ class Kind(IntEnum):
     END = 20  # source, background: this lane has nothing more to send
     HAVE = 21  # destination, control: a bitmap of pages that are here; see recovery.py, release.py
     STARTTLS = 22  # source, control, instead of HELLO: TLS from here on, CHALLENGE comes again
+    PACKED = 23  # source, background, where WELCOME took it: a run of pages, compressed
 
 
 MAX_LENGTH: Final[dict[Kind, int]] = {
@@ -105,6 +110,7 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
     Kind.END: 0,
     Kind.HAVE: MAX_BITMAP,
     Kind.STARTTLS: 0,
+    Kind.PACKED: MAX_PACKED,
 }
 
 # What else may come to, or from, a port: the first bytes of a connection and who says them.
@@ -211,6 +217,30 @@ def check_pages(header: Header, area: str, npages: int, page_size: int) -> None:
         raise ProtocolError(
             f"PAGES of {header.count} page(s) of area {area} with {header.length} bytes, "
             f"{header.count * page_size} are expected"
+        )
+
+
+def pack_packed(area: int, pgoff: int, count: int, length: int) -> bytes:
+    """Return the header of a run of pages that `length` bytes of compressed data follow."""
+    return pack(Kind.PACKED, length, area, count, pgoff)
+
+
+def check_packed(header: Header, area: str, npages: int, page_size: int) -> None:
+    """Check a PACKED header against its area and its bounds.  Raises ProtocolError.
+
+    Both lengths are in it: `length` compressed bytes become count * page_size, which is more.
+    """
+    check_range("PACKED", area, header.pgoff, header.count, npages)
+    size = header.count * page_size
+    if size > MAX_PACKED:
+        raise ProtocolError(
+            f"PACKED of {header.count} page(s) of area {area}, at most {MAX_PACKED // page_size} "
+            "are allowed"
+        )
+    if not 0 < header.length < size:
+        raise ProtocolError(
+            f"PACKED of {header.count} page(s) from page {header.pgoff} on, area {area}, with "
+            f"{header.length} bytes: not between 0 and {size}"
         )
 
 

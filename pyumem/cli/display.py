@@ -164,6 +164,9 @@ def show_report(report: Report) -> None:
     )
     row("demand latency p50/p99/max", " / ".join(_number(one, "us", 0) for one in latency))
     row("bytes sent", f"{size(report.bytes_sent)} (device state {size(report.device_state_bytes)})")
+    if report.bytes_before_compression:
+        before, after = report.bytes_before_compression, report.bytes_after_compression
+        row("of them compressed", f"{size(after)}, from {size(before)} ({share(after, before)})")
     if report.committed_at:
         row("committed at", report.committed_at)
     if report.guest_ended:

@@ -24,6 +24,7 @@ from pyumem.cli.common import (
 )
 from pyumem.cli.display import make_display, show_report
 from pyumem.commit_record import CommitRecord, names
+from pyumem.compression import Compress
 from pyumem.control import Asker, ControlServer
 from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
 from pyumem.hello import MAX_LANES
@@ -64,6 +65,14 @@ from pyumem.tls import Security
     show_default=True,
     help="TCP connections for pages that nobody asked for yet.",
 )
+@click.option(
+    "--compress",
+    type=click.Choice([wish.value for wish in Compress]),
+    default=Compress.AUTO.value,
+    show_default=True,
+    help="Compress pages that nobody asked for yet, with zstd.  auto: while that is faster, which "
+    "each lane measures as it runs.",
+)
 @max_bandwidth_option
 @click.option(
     "--release-ram",
@@ -101,6 +110,7 @@ def command(
     qmp: Path | None,
     vm: str | None,
     background_lanes: int,
+    compress: str,
     max_bandwidth: int | None,
     release_ram: bool,
     prefetch_forward: int,
@@ -151,6 +161,7 @@ def command(
         max_bandwidth=max_bandwidth,
         release_ram=release_ram,
         prefetch=Prefetch(prefetch_forward, prefetch_backward),
+        compress=Compress(compress),
     )
     plan.security.check_destination(plan.destination)
     status, report = asyncio.run(_migrate(plan, record))

@@ -47,12 +47,18 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     stats = StatsBlock.attach(fds[1])
     areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
     slots = Slots([area.npages for area in areas])
+    unpack = None
+    if message["compression"]:
+        # Costs a worker time and memory that not all need.
+        from pyumem.lanes.compress import Unpacker
+
+        unpack = Unpacker(message["compression"]).unpack
     channel.send({"event": "ready"})
     if not channel.wait_go():
         return
     link = make_link(sock, message, stats)
     arrivals = Arrivals.attach(slots, fds[2:4])
-    serve(link, Filler(link, areas, arrivals, stats, touch=message["touch"]))
+    serve(link, Filler(link, areas, arrivals, stats, touch=message["touch"], unpack=unpack))
     # The socket stays open until the parent ends this process: that is how the source sees that the
     # lane is alive.
     channel.send({"event": "drained"})

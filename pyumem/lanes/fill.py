@@ -27,7 +27,7 @@ import mmap
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from pyumem import wire
@@ -38,7 +38,7 @@ from pyumem.shm import SharedMemory
 from pyumem.stats import Counter, StatsBlock
 
 PAGE_SIZE: Final = mmap.PAGESIZE
-BUFFER_PAGES: Final = max(1, 256 * 1024 // PAGE_SIZE)
+BUFFER_PAGES: Final = max(1, wire.MAX_PACKED // PAGE_SIZE)
 BUFFER_SIZE: Final = BUFFER_PAGES * PAGE_SIZE
 """Fits the second-level cache, and bounds for how long a lane has the file's lock."""
 _NO_MEMORY_S: Final = 0.2
@@ -168,14 +168,19 @@ class Filler:
         stats: StatsBlock,
         *,
         touch: bool = False,
+        unpack: Callable[[memoryview, memoryview], None] | None = None,
     ) -> None:
-        """Fill the areas from the link.  touch: map pages for the guest as they come."""
+        """Fill the areas from the link.  touch: map pages for the guest as they come; unpack: makes
+        pages of compressed ones (pyumem.lanes.compress), where those were agreed upon.
+        """
         self._touch = touch
         self._link = link
         self._areas = areas
         self._arrivals = arrivals
         self._stats = stats
         self._buffer = memoryview(mmap.mmap(-1, BUFFER_SIZE))
+        self._unpack = unpack
+        self._packed = memoryview(mmap.mmap(-1, wire.MAX_PACKED))
 
     def take(self, header: wire.Header) -> None:
         """Receive and mark what the frame brings.
@@ -186,6 +191,8 @@ class Filler:
             area = self._area(header)
             if header.kind is wire.Kind.PAGES:
                 self._pages(header, area)
+            elif header.kind is wire.Kind.PACKED and self._unpack is not None:
+                self._unpack_pages(header, area, self._unpack)
             elif header.kind is wire.Kind.ZERO:
                 self._zero(header, area)
             else:
@@ -209,6 +216,32 @@ class Filler:
             with self._buffer[: pages * PAGE_SIZE] as data:
                 self._link.receive_into(data)
                 self._write(area, start, data)
+        self._written(area, pgoff, count, slot)
+
+    def _unpack_pages(
+        self,
+        header: wire.Header,
+        area: AreaLike,
+        unpack: Callable[[memoryview, memoryview], None],
+    ) -> None:
+        pgoff, count = header.pgoff, header.count
+        wire.check_packed(header, area.name, area.npages, PAGE_SIZE)
+        slot = self._fresh("PACKED", header.area, area, pgoff, count)
+        size = count * PAGE_SIZE
+        with self._packed[: header.length] as packed, self._buffer[:size] as data:
+            self._link.receive_into(packed)
+            try:
+                unpack(packed, data)
+            except ProtocolError as e:
+                raise ProtocolError(
+                    f"PACKED of {count} page(s) from page {pgoff} on, area {area.name}: {e}"
+                ) from None
+            self._write(area, pgoff, data)
+        self._stats.add(Counter.BYTES_BEFORE, size)
+        self._stats.add(Counter.BYTES_AFTER, header.length)
+        self._written(area, pgoff, count, slot)
+
+    def _written(self, area: AreaLike, pgoff: int, count: int, slot: int) -> None:
         self._stats.add(Counter.MARKED, area.mark(((pgoff, count),), touch=self._touch))
         self._arrivals.here(slot, count, self._stats)
         self._stats.add(Counter.PAGES, count)

@@ -6,12 +6,15 @@ is zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pyumem import wire
 from pyumem.lanes.link import Link
 from pyumem.ram import PAGE_SIZE, RamFile
 from pyumem.stats import Counter, StatsBlock
+
+if TYPE_CHECKING:
+    from pyumem.lanes.compress import Packer
 
 RUN_PAGES: Final = max(1, 256 * 1024 // PAGE_SIZE)
 """Longest run in one frame, in pages: short enough that an urgent page waits for little behind it.
@@ -21,16 +24,24 @@ RUN_PAGES: Final = max(1, 256 * 1024 // PAGE_SIZE)
 class Sender:
     """Sends claimed pages on one lane."""
 
-    def __init__(self, link: Link, ram: Sequence[RamFile], stats: StatsBlock) -> None:
-        """Send from these RAM blocks, in the order of HELLO."""
+    def __init__(
+        self,
+        link: Link,
+        ram: Sequence[RamFile],
+        stats: StatsBlock,
+        packer: Packer | None = None,
+    ) -> None:
+        """Send from these RAM blocks, in the order of HELLO; compressed, if the packer says so."""
+        self._packer = packer
         self._link = link
         self._ram = ram
         self._stats = stats
 
-    def send(self, area: int, pgoff: int, count: int) -> None:
-        """Send a claimed range: a PAGES frame for each stretch with content, one ZERO frame for the
-        rest.  Raises LinkError.
+    def send(self, area: int, pgoff: int, count: int) -> int:
+        """Send a claimed range: a PAGES frame, or a PACKED one, for each stretch with content, one
+        ZERO frame for the rest.  Returns the bytes of content that went.  Raises LinkError.
         """
+        sent = 0
         ram = self._ram[area]
         zero: list[tuple[int, int]] = []
         for content, first, nr in ram.pieces(pgoff, count):
@@ -40,9 +51,20 @@ class Sender:
             for start in range(first, first + nr, RUN_PAGES):
                 run = min(RUN_PAGES, first + nr - start)
                 with ram.view(start, run) as view:
-                    self._link.send(wire.pack_pages(area, start, run, PAGE_SIZE), view)
+                    sent += self._send_run(area, start, run, view)
                 self._stats.add(Counter.PAGES, run)
         self.zero(area, zero)
+        return sent
+
+    def _send_run(self, area: int, pgoff: int, count: int, view: memoryview) -> int:
+        packed = self._packer.pack(view) if self._packer else None
+        if packed is None:
+            self._link.send(wire.pack_pages(area, pgoff, count, PAGE_SIZE), view)
+        else:
+            self._link.send(wire.pack_packed(area, pgoff, count, len(packed)), packed)
+        if self._packer:
+            self._packer.decision.sent(len(view))
+        return len(view if packed is None else packed)
 
     def zero(self, area: int, ranges: Sequence[tuple[int, int]]) -> None:
         """Tell that ranges are zero.  Raises LinkError."""

@@ -11,7 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pyumem import wire
 from pyumem.claims import UNPACED, ClaimMap, Slots
@@ -21,6 +21,9 @@ from pyumem.lanes.serve_pages import RUN_PAGES, Sender
 from pyumem.ram import PAGE_SIZE, RamFile
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
+
+if TYPE_CHECKING:
+    from pyumem.lanes.compress import Packer
 
 _HOLE_PAGES: Final = 16384
 """Pages of a hole that are claimed under the lock at a time: a request waits for that."""
@@ -43,13 +46,15 @@ class BackgroundLane:
         ram: Sequence[RamFile],
         claims: ClaimMap,
         stats: StatsBlock,
+        packer: Packer | None = None,
     ) -> None:
-        """Send on the link what the claim map says is free."""
+        """Send on the link what the claim map says is free; compressed, if the packer says so."""
+        self._packer = packer
         self._channel = channel
         self._link = link
         self._ram = ram
         self._claims = claims
-        self._sender = Sender(link, ram, stats)
+        self._sender = Sender(link, ram, stats, packer)
         self._run_bytes = 0
         self._run_at = 0.0
         self._poll = select.poll()
@@ -124,9 +129,9 @@ class BackgroundLane:
             if not (claimed := self._claims.claim_run(longest)):
                 return True
             start, count = claimed
-            self._run_bytes, self._run_at = count * PAGE_SIZE, time.monotonic()
+            self._run_at = time.monotonic()
             area = slots.area_of(start)
-            self._sender.send(area, start - slots.bases[area], count)
+            self._run_bytes = self._sender.send(area, start - slots.bases[area], count)
             if self._stopped():
                 return False
         return False
@@ -146,12 +151,24 @@ class BackgroundLane:
                 if wait_s <= 0 or pace == UNPACED:
                     return max(1, min(RUN_PAGES, int(pace * _BURST_S) // PAGE_SIZE))
                 wait_ms = min(_PAUSED_MS, int(wait_s * 1000) + 1)
+            elif self._packer:
+                self._packer.decision.restart()
             if self._stopped(wait_ms):
                 return 0
 
     def _idle(self) -> None:
         while not self._stopped(None):
             pass
+
+
+def _make_packer(wish: dict[str, str] | None, stats: StatsBlock) -> Packer | None:
+    if wish is None:
+        return None
+    # Costs a worker time and memory that not all need.
+    from pyumem.lanes.compress import Packer
+    from pyumem.lanes.payoff import Always, Payoff
+
+    return Packer(wish["directory"], Always() if wish["wish"] == "on" else Payoff(), stats)
 
 
 def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
@@ -164,8 +181,9 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     ]
     claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
     link = make_link(sock, message, stats)
+    packer = _make_packer(message["compression"], stats)
     channel.send({"event": "ready"})
-    BackgroundLane(channel, link, ram, claims, stats).run(holes=message["index"] == 0)
+    BackgroundLane(channel, link, ram, claims, stats, packer).run(holes=message["index"] == 0)
 
 
 if __name__ == "__main__":

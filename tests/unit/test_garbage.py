@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from pyumem import wire
 from pyumem.address import Address
 from pyumem.area import Area
 from pyumem.claims import ClaimMap, Slots
+from pyumem.compression import Compress
 from pyumem.errors import UmemError
 from pyumem.hello import AreaSpec, Challenge, Hello, Lane
 from pyumem.incoming import IncomingRequest, IncomingVm
@@ -60,6 +62,7 @@ def frames(draw: st.DrawFn) -> bytes:
             st.binary(max_size=64),
             st.builds(lambda n: bytes(8 * n), st.integers(0, 40)),
             st.builds(lambda n: bytes(n * PAGE_SIZE), st.integers(0, 2)),
+            st.builds(lambda n: zstandard.compress(b"x" * n * PAGE_SIZE), st.integers(0, 2)),
             st.sampled_from([b"{}", b'{"reason":null}', b'{"reason":"x"}', b"[]", b"{" * 50]),
         )
     )
@@ -253,7 +256,7 @@ def test_the_sources_control_lane(data: bytes, welcome: bool, committed: bool) -
 
     async def main(address: Address) -> UmemError | None:
         session = Session(
-            *("0" * 32, "vm1", Security(b"secret"), 1, NO_PREFETCH),
+            *("0" * 32, "vm1", Security(b"secret"), 1, NO_PREFETCH, Compress.AUTO),
             *((), (), claims, None),
         )
         lanes = Lanes(session, address, lambda _: None, lambda _: committed)

@@ -71,10 +71,11 @@ def run(
 def test_welcome(token: bytes) -> None:
     async def destination(link: AsyncLink) -> Hello:
         hello = await admit(link, Security(token))
-        await welcome(link, token, hello)
+        await welcome(link, token, hello, compression="zstd")
         return hello
 
-    assert run(lambda link: introduce(link, token, HELLO), destination) == (None, HELLO)
+    told, heard = run(lambda link: introduce(link, token, HELLO), destination)
+    assert heard == HELLO and told.compression == "zstd"
 
 
 @pytest.mark.parametrize(("here", "there"), [(b"a", b"b"), (b"", b"b"), (b"a", b"")])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pyumem import hello as messages
 from pyumem.errors import ProtocolError, UsageError
-from pyumem.hello import AreaSpec, Challenge, Hello, Lane
+from pyumem.hello import AreaSpec, Challenge, Hello, Lane, Welcome
 
 HELLO = Hello(
     lane=Lane.CONTROL,
@@ -30,6 +30,14 @@ def test_messages_come_back() -> None:
     assert Hello.from_json(HELLO.to_json()) == HELLO
     challenge = Challenge("ab" * 32, "umem 0")
     assert Challenge.from_json(challenge.to_json()) == challenge
+    welcome = Welcome("umem 0", "secret", "zstd")
+    assert Welcome.from_json(welcome.to_json()) == welcome
+
+
+def test_a_peer_that_knows_no_compression_has_none() -> None:
+    hello, welcome = HELLO.to_json(), Welcome("umem 0", "", "zstd").to_json()
+    del hello["compression"], welcome["compression"]
+    assert Hello.from_json(hello).compression == Welcome.from_json(welcome).compression == ""
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,7 @@ def test_messages_come_back() -> None:
         ("index", 1 << 40),
         ("index", True),
         ("background_lanes", 1000),
+        ("compression", 1),
         ("areas", {}),
         ("areas", [3]),
         ("areas", [{"id": "ram0", "size_bytes": 0, "page_size_bytes": 4096}]),

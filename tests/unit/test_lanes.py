@@ -22,6 +22,7 @@ import pytest
 
 from pyumem import wire
 from pyumem.claims import UNPACED, ClaimMap, Slots
+from pyumem.compression import directory
 from pyumem.errors import DriverError, LinkError, ProtocolError, UmemError
 from pyumem.lanes import (
     destination_background,
@@ -30,8 +31,10 @@ from pyumem.lanes import (
     source_background,
     source_urgent,
 )
+from pyumem.lanes.compress import Packer, Unpacker
 from pyumem.lanes.fill import Arrivals, Filler
 from pyumem.lanes.link import Link, tune
+from pyumem.lanes.payoff import Always, Decision
 from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
 from pyumem.lanes.tls_link import TlsLink
 from pyumem.ram import RamFile
@@ -195,19 +198,28 @@ class World:
         self.lanes += [src, dst]
         return src, dst
 
-    def start_background(self, index: int = 0) -> tuple[Lane, Lane]:
+    def start_background(
+        self, index: int = 0, decision: Decision | None = None
+    ) -> tuple[Lane, Lane]:
         source, destination = self._links(f"sb{index}", f"db{index}", background=True)
         src = Lane(
             lambda channel: source_background.BackgroundLane(
-                channel, source, self._ram(), self._claims(), self.stats[f"sb{index}"]
+                channel,
+                source,
+                self._ram(),
+                self._claims(),
+                self.stats[f"sb{index}"],
+                Packer(directory(), decision, self.stats[f"sb{index}"]) if decision else None,
             ).run(holes=index == 0)
         )
-        dst = Lane(
-            lambda _: destination_background.serve(
-                destination,
-                Filler(destination, self.areas, self._arrivals(), self.stats[f"db{index}"]),
-            )
+        filler = Filler(
+            destination,
+            self.areas,
+            self._arrivals(),
+            self.stats[f"db{index}"],
+            unpack=Unpacker(directory()).unpack if decision else None,
         )
+        dst = Lane(lambda _: destination_background.serve(destination, filler))
         self.lanes += [src, dst]
         return src, dst
 
@@ -353,6 +365,40 @@ def test_everything_comes_once(shm: Path, lanes: int) -> None:
     assert source.pages == destination.pages == 1200 - 100 + 100 + 333
     assert source.zero_pages == destination.zero_pages == 2333 - source.pages
     assert destination.marked == 2333
+    world.close()
+
+
+def test_compressed_pages_arrive_as_they_were(world: World) -> None:
+    world.fill(0, range(100, 200))  # random: what does not shrink goes as it is
+    for page in range(100):
+        world.write(0, page, (b"%d of some text that has been seen before\n" % page) * 80)
+    urgent, _ = world.start_urgent()
+    _, dst = background = world.start_background(decision=Always())
+    urgent.go()
+    world.areas[0].touch(5)
+    world.areas[0].wait_cached(5)
+    background[0].go()
+    for area in world.areas:
+        area.wait_complete()
+    assert dst.ended() is None
+    world.check()
+    source, destination = world.total("s"), world.total("d")
+    assert world.total("su").bytes_before == 0, "a requested page goes as it is"
+    assert 0 < 2 * source.bytes_after < source.bytes_before < 200 * PAGE
+    assert destination.bytes_before == source.bytes_before
+    assert destination.bytes_after == source.bytes_after
+    assert source.bytes_sent < 140 * PAGE
+
+
+def test_a_limit_is_one_of_the_bytes_on_the_wire(shm: Path) -> None:
+    world = World(shm, sizes=(4000,))
+    with world.paths[0].open("r+b") as file:
+        file.write(b"much the same everywhere" * (4000 * PAGE // 24))
+    world.claims.pace = 1 << 20
+    background, _ = world.start_background(decision=Always())
+    background.go()
+    world.areas[0].wait_complete(5)  # 16 s without compression
+    world.check()
     world.close()
 
 
@@ -541,7 +587,10 @@ class RawPeer:
                 ).run()
             )
         else:
-            filler = Filler(link, world.areas, world._arrivals(), world.stats[name])
+            filler = Filler(
+                *(link, world.areas, world._arrivals(), world.stats[name]),
+                unpack=Unpacker(directory()).unpack,
+            )
             self.lane = Lane(lambda _: destination_background.serve(link, filler))
         world.lanes.append(self.lane)
 

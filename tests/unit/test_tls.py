@@ -33,7 +33,7 @@ from pyumem.greeting import (
     lane_security,
     welcome,
 )
-from pyumem.hello import AreaSpec, Hello, Lane
+from pyumem.hello import AreaSpec, Hello, Lane, Welcome
 from pyumem.lanes import tls_link
 from pyumem.lanes.tls_link import TlsLink
 from pyumem.stats import StatsBlock
@@ -140,7 +140,7 @@ def test_a_page_lane_proves_the_secret_in_clear(creds: Path) -> None:
         return hello
 
     told, hello = run(lambda link: introduce(link, b"of the control lane", URGENT), destination)
-    assert told is None and hello == URGENT
+    assert isinstance(told, Welcome) and hello == URGENT
 
 
 @pytest.mark.parametrize("secret", [None, b"another"])

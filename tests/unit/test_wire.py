@@ -125,6 +125,21 @@ def test_pages_are_within_the_area_or_refused(
         assert not good
 
 
+@given(u32 | st.integers(0, 80), u64, st.integers(1, SIZE), st.integers(0, wire.MAX_PACKED))
+def test_compressed_pages_are_within_area_and_bounds_or_refused(
+    count: int, pgoff: int, npages: int, length: int
+) -> None:
+    raw = wire.pack_packed(5, pgoff, count, length)
+    header = wire.unpack(raw)
+    assert header == Header(Kind.PACKED, length, 5, count, pgoff)
+    good = 1 <= count <= 64 and pgoff + count <= npages and 0 < length < count * 4096
+    try:
+        wire.check_packed(header, "a", npages, 4096)
+        assert good
+    except ProtocolError as e:
+        assert not good and "area a" in str(e)
+
+
 @given(st.binary(max_size=200), u32)
 def test_payloads_of_a_wrong_length_are_refused(payload: bytes, count: int) -> None:
     for kind, size in ((Kind.REQUEST, 8), (Kind.ZERO, 16)):

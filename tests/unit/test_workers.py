@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from pyumem import wire
 from pyumem.claims import ClaimMap, Slots
+from pyumem.compression import directory
 from pyumem.errors import WorkerError
+from pyumem.lanes.compress import Unpacker
 from pyumem.ram import PAGE_SIZE
 from pyumem.stats import StatsBlock
 from pyumem.workers import Worker, stop_all
@@ -36,6 +39,7 @@ class Scene:
         self.claims = ClaimMap.create(Slots([PAGES]))
         self.sock, self.peer = socket.socketpair()
         self.failed: list[str] = []
+        self.compression: dict[str, str] | None = None
         self.worker = Worker("lane 0 of vm1", StatsBlock.create("test"), self._on_failure)
 
     def _on_failure(self, _worker: Worker, reason: str) -> None:
@@ -47,6 +51,7 @@ class Scene:
                 "peer": "p",
                 "index": 0,
                 "areas": [{"id": "ram0", "size_bytes": size}],
+                "compression": self.compression,
                 "tls": None,
             }
             fds = [self.sock.fileno(), self.claims.memory.fd, ram.fileno()]
@@ -91,6 +96,33 @@ def test_a_worker_works_and_counts() -> None:
         await until(lambda: scene.worker.totals().pages == PAGES)
         assert scene.claims.claimed() == PAGES
         assert not scene.failed
+
+    run(work)
+
+
+def test_a_worker_without_site_packages_gets_the_one_library_that_it_needs() -> None:
+    async def work(scene: Scene) -> None:
+        scene.compression = {"directory": directory(), "wish": "on"}
+        await scene.start()
+        scene.worker.command("go")
+        await until(lambda: scene.worker.totals().pages == PAGES)
+        totals = scene.worker.totals()
+        assert totals.bytes_before == PAGES * PAGE_SIZE
+        assert 0 < totals.bytes_after < totals.bytes_sent < PAGE_SIZE
+        header = wire.unpack(scene.peer.recv(wire.HEADER_SIZE))
+        assert header.kind is wire.Kind.PACKED and header.length == totals.bytes_after
+        pages = memoryview(bytearray(PAGES * PAGE_SIZE))
+        Unpacker(directory()).unpack(memoryview(scene.peer.recv(header.length)), pages)
+        assert pages == b"x" * PAGES * PAGE_SIZE
+
+    run(work)
+
+
+def test_a_library_that_is_not_there_is_told() -> None:
+    async def work(scene: Scene) -> None:
+        scene.compression = {"directory": "/nowhere", "wish": "on"}
+        with pytest.raises(WorkerError, match="/nowhere: cannot be loaded"):
+            await scene.start()
 
     run(work)
 
