@@ -59,11 +59,12 @@ from pyumem.tls import Security
 )
 @click.option("--vm", help="Name of a VM that umem-qemu runs here, instead of --qmp.")
 @click.option(
-    "--background-lanes",
+    "--lanes",
     type=click.IntRange(1, MAX_LANES),
     default=1,
     show_default=True,
-    help="TCP connections for pages that nobody asked for yet.",
+    help="TCP connections for pages that nobody asked for yet, each with a process on both hosts; "
+    "requested pages have one of their own besides.",
 )
 @click.option(
     "--compress",
@@ -109,7 +110,7 @@ def command(
     resume: bool,
     qmp: Path | None,
     vm: str | None,
-    background_lanes: int,
+    lanes: int,
     compress: str,
     max_bandwidth: int | None,
     release_ram: bool,
@@ -157,7 +158,7 @@ def command(
         destination=record.address if record and not uri else parse(uri or "", listening=False),
         security=security_of(token_file, tls_creds, insecure=insecure, tls_hostname=tls_hostname),
         background=not on_demand_only,
-        background_lanes=record.background_lanes if record else background_lanes,
+        background_lanes=record.background_lanes if record else lanes,
         max_bandwidth=max_bandwidth,
         release_ram=release_ram,
         prefetch=Prefetch(prefetch_forward, prefetch_backward),

@@ -206,7 +206,7 @@ class Chaos:
         """Move the guest to the other side, or try to.  Returns what happened, in a line."""
         to, back = self.sides[1 - self.at], self.sides[self.at]
         new_qemu, console = to.world.expect(SPEC, name=to.vm)
-        arguments = ["--background-lanes", str(self.dice.randint(1, 3)), "--json"]
+        arguments = ["--lanes", str(self.dice.randint(1, 3)), "--json"]
         arguments += ["--max-bandwidth", self.dice.choice(BANDWIDTH)]
         if self.dice.random() < 0.3:
             arguments.append("-n")

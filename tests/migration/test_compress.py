@@ -21,7 +21,7 @@ def test_a_slow_link_carries_less(tmp_path: Path) -> None:
         _, after = w.expect(SPEC)
         sent = w.source.tx_bytes()
         # `auto` may find, rightly, that an emulated processor compresses slower than that.
-        migrate = w.migrate("--json", "--background-lanes", "2", "--compress", "on")
+        migrate = w.migrate("--json", "--lanes", "2", "--compress", "on")
         assert migrate.wait(300) == 0, migrate.said()
         sent = w.source.tx_bytes() - sent
         alive(after)

@@ -43,7 +43,7 @@ class Scene:
         self.source_qemu, console = w.guest(SPEC)
         console.wait("tick", timeout=PATIENCE)
         self.destination_qemu, self.console = w.expect(SPEC)
-        self.migrate = w.migrate("--background-lanes", "2", *OPTIONS)
+        self.migrate = w.migrate("--lanes", "2", *OPTIONS)
         self.migrate.wait_said("vm1 runs at")
         assert self.source_qemu.wait() == 0
         alive(self.console)

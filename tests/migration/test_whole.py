@@ -56,7 +56,7 @@ def test_a_working_guest_moves(
         destination_qemu, after = w.expect(spec, qemu=qemu)
         (area,) = w.areas()
         assert area.name == "vm1.ram0" and area.nr_cached == 0 and area.served
-        migrate = w.migrate("--json", "--background-lanes", "2")
+        migrate = w.migrate("--json", "--lanes", "2")
         serve.wait_said("migration of vm1 begins")
         before.send("go")
         assert migrate.wait(300) == 0, migrate.said()
