@@ -24,7 +24,7 @@ from pyumem.cli.common import (
 )
 from pyumem.cli.display import make_display, show_report
 from pyumem.commit_record import CommitRecord, names
-from pyumem.compression import Compress
+from pyumem.compression import Compress, offer
 from pyumem.control import Asker, ControlServer
 from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
 from pyumem.hello import MAX_LANES
@@ -165,6 +165,7 @@ def command(
         compress=Compress(compress),
     )
     plan.security.check_destination(plan.destination)
+    offer(plan.compress)  # what cannot be is said at once
     status, report = asyncio.run(_migrate(plan, record))
     if as_json:
         print_json(report.to_json())
