@@ -54,8 +54,7 @@ class Case:
 
     text: str
     run: int = serve_pages.RUN_PAGES
-    short: int = serve_pages.SHORT_RUN_PAGES
-    """Pages of the longest run, where the link is fast and where it is slow."""
+    """Pages."""
     sndbuf: int = link.BACKGROUND_SNDBUF // 1024
     """KiB."""
     lowat: int = link.BACKGROUND_LOWAT // 1024
@@ -153,7 +152,7 @@ def measure(
 ) -> dict[str, float]:
     """Move the memory once."""
     for module in (serve_pages, source_background):
-        vars(module).update(RUN_PAGES=case.run, SHORT_RUN_PAGES=min(case.short, case.run))
+        vars(module)["RUN_PAGES"] = case.run
     vars(link).update(BACKGROUND_SNDBUF=case.sndbuf * 1024, BACKGROUND_LOWAT=case.lowat * 1024)
     with ExitStack() as stack:
         area = Area.create(f"bench.{seed}", size)
@@ -270,7 +269,7 @@ def main(
         medians = {name: statistics.median(r[name] for r in results) for name in results[0]}
         first = first or medians
         click.echo(
-            f"{text:34}"
+            f"{text:34}  "
             + "  ".join(
                 f"{name} {value:.0f} ({value / (first[name] or 1):.2f})"
                 for name, value in medians.items()
