@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -29,7 +29,9 @@ from typing import Final
 from pyumem import runtime
 from pyumem.control import ControlClient
 from pyumem.errors import CheckError, ControlError, UmemError, of_system
-from pyumem.qemu_cmdline import RAM_ID, Wish, parse, rewrite
+from pyumem.hello import AreaSpec
+from pyumem.qemu_backends import Backend
+from pyumem.qemu_cmdline import Wish, parse, rewrite
 from pyumem.uapi import DEVICE, PAGE_SIZE
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -94,54 +96,88 @@ class Signals:
             process.send_signal(self.first)
 
 
-class RamFile:
-    """The file that is a VM's RAM: DIRECTORY/NAME/ram0, mode 0600."""
+class RamFiles:
+    """The files that are a VM's RAM, mode 0600: DIRECTORY/NAME/ID for each block that needs one."""
 
-    def __init__(self, name: str, size: int) -> None:
-        """Name it; size is bytes."""
-        self.path: Final = runtime.ram_dir() / name / RAM_ID
+    def __init__(self, name: str, blocks: Sequence[Backend]) -> None:
+        """Choose their places.
+
+        A directory of the user's (of a hugetlbfs, perhaps) is taken for ours, a shared file is left
+        alone.  Raises CheckError for a file that is not shared.
+        """
         self._name = name
-        self._size = size
+        self._files: list[tuple[Path, int]] = []
+        self.paths: Final[dict[str, str]] = {}
+        for block in blocks:
+            given = Path(block.mem_path) if block.mem_path else None
+            if given and not given.is_dir():
+                if not block.keeps_file:
+                    raise CheckError(f"RAM block {block.id}: {given} needs share=on")
+                continue
+            path = (given.absolute() if given else runtime.ram_dir()) / name / block.id
+            self.paths[block.id] = str(path)
+            self._files.append((path, block.size))
 
     def create(self) -> None:
-        """Make it, all zero, replacing one that nobody uses any more.
+        """Make them, all zero, replacing such as nobody uses any more.
 
         Raises CheckError, UmemError.
         """
-        if self.path.exists():
-            with self.path.open("rb") as old:
-                try:
-                    fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise CheckError(
-                        f"{self.path} is still served by `umemctl migrate`: use another -name"
-                    ) from None
-            self.path.unlink()
-        runtime.make_private(self.path.parent)
+        for path in self._all():
+            self._take_over(path)
         try:
-            runtime.ram_mark(self.path).touch(mode=0o600)
-            room = shutil.disk_usage(self.path.parent).free
-            with self.path.open("xb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.truncate(self._size)
-        except OSError as e:
-            runtime.remove_ram(self.path)
-            raise UmemError(f"RAM file {self.path}: {e.strerror}") from e
-        if room < self._size:
-            say(
-                f"warning: {self.path.parent} has room for {room >> 20} MiB, the VM may use "
-                f"{self._size >> 20} MiB (mount -o remount,size=... /dev/shm, or set UMEM_RAM_DIR)"
-            )
+            for path, size in self._files:
+                runtime.make_private(path.parent)
+                runtime.ram_mark(path).touch(mode=0o600)
+                room = shutil.disk_usage(path.parent).free
+                with path.open("xb") as file:
+                    os.fchmod(file.fileno(), 0o600)
+                    file.truncate(size)
+                if room < size:
+                    say(
+                        f"warning: {path.parent} has room for {room >> 20} MiB, the VM may use "
+                        f"{size >> 20} MiB (mount -o remount,size=... /dev/shm, or set "
+                        "UMEM_RAM_DIR)"
+                    )
+        except BaseException as e:
+            for made, _ in self._files:
+                runtime.remove_ram(made)
+            if isinstance(e, OSError):
+                raise UmemError(f"RAM file {path}: {e.strerror}") from e
+            raise
+
+    def _all(self) -> Iterator[Path]:
+        """Find what is there of them, and what the user put beside them for a DIMM to plug in."""
+        for directory in {path.parent for path, _ in self._files}:
+            mark = runtime.ram_mark(directory / "any")
+            if mark.exists():
+                yield from (path for path in directory.iterdir() if path != mark)
+
+    @staticmethod
+    def _take_over(path: Path) -> None:
+        with path.open("rb") as old:
+            try:
+                fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckError(
+                    f"{path} is still served by `umemctl migrate`: use another -name"
+                ) from None
+        path.unlink()
 
     @property
     def moved(self) -> bool:
-        """Tell whether `umemctl migrate` took the VM away: it left a record, or took the file."""
-        return runtime.has_left(self._name) or not self.path.exists()
+        """Tell whether `umemctl migrate` took the VM away: it left a record, or took the files."""
+        gone = [path for path, _ in self._files if not path.exists()]
+        return runtime.has_left(self._name) or bool(gone)
 
     def remove_unless_served(self) -> None:
-        """Remove it, unless it is the only copy of a VM elsewhere, or still served."""
+        """Remove them, unless they are the only copy of a VM elsewhere, or still served."""
         deadline = time.monotonic() + _DECISION_S
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+        for path in self._all():
+            self._remove_unless_served(path, deadline)
+
+    def _remove_unless_served(self, path: Path, deadline: float) -> None:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             # A migration that holds it and has not committed fails now, since QEMU is gone.
             while not runtime.has_left(self._name):
                 try:
@@ -151,7 +187,7 @@ class RamFile:
                         return
                     time.sleep(_LOOK_S)
                 else:
-                    runtime.remove_ram(self.path)
+                    runtime.remove_ram(path)
                     return
 
 
@@ -165,8 +201,11 @@ def _refuse_lost(name: str) -> None:
         )
 
 
-def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
-    """Get an area from `umemctl serve`.  Returns the connection, to be kept open, and its path."""
+def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, dict[str, str]]:
+    """Get areas from `umemctl serve`.
+
+    Returns the connection, to be kept open, and for each RAM block's id a path.
+    """
     assert wish.postcopy_from is not None
     if not Path(DEVICE).exists():
         raise UmemError(
@@ -181,13 +220,13 @@ def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, str]:
             "incoming",
             name=name,
             listen=str(wish.postcopy_from),
-            areas=[{"id": RAM_ID, "size_bytes": wish.size, "page_size_bytes": PAGE_SIZE}],
+            areas=[AreaSpec(block.id, block.size, PAGE_SIZE).to_json() for block in wish.blocks],
             qmp=str(runtime.qmp_socket(name)),
             incoming=str(runtime.incoming_socket(name)),
             autostart=wish.autostart,
             touch=wish.touch_pages,
         )
-        return client, str(answer["areas"][0]["path"])
+        return client, {str(area["id"]): str(area["path"]) for area in answer["areas"]}
     except BaseException:
         client.close()
         raise
@@ -266,7 +305,7 @@ def _launch(wish: Wish, signals: Signals) -> int:
     name = wish.name or f"vm-{os.getpid()}"
     lock_path = runtime.vm_lock(name)
     runtime.make_private(lock_path.parent)
-    ram: RamFile | None = None
+    ram: RamFiles | None = None
     serve: ControlClient | None = None
     with (
         runtime.LockFile(lock_path, f"a VM named {name} runs already: use another -name") as lock,
@@ -276,18 +315,19 @@ def _launch(wish: Wish, signals: Signals) -> int:
         directory = runtime.make_private(runtime.vm_dir(name))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         if wish.postcopy_from:
-            serve, mem_path = _ask_serve(wish, name)
+            serve, paths = _ask_serve(wish, name)
             # Open as long as QEMU runs: each side sees the other's end.
             stack.callback(serve.close)
-            say(f"VM {name} is expected on {wish.postcopy_from}, its RAM is {mem_path}")
+            where = ", ".join(paths.values())
+            say(f"VM {name} is expected on {wish.postcopy_from}, its RAM is {where}")
         else:
             _refuse_lost(name)
-            ram = RamFile(name, wish.size)
+            ram = RamFiles(name, wish.blocks)
             ram.create()
             stack.callback(ram.remove_unless_served)
-            mem_path = str(ram.path)
+            paths = ram.paths
             say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
-        argv = rewrite(wish, name=name, mem_path=mem_path, qmp_path=str(runtime.qmp_socket(name)))
+        argv = rewrite(wish, name=name, paths=paths, qmp_path=str(runtime.qmp_socket(name)))
         status = _run_qemu(argv, signals, lock.fileno(), serve, name)
         moved = ram.moved if ram else runtime.has_left(name)
         if status == 128 + signal.SIGKILL and moved:

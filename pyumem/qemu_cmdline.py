@@ -4,25 +4,28 @@
 Pure: no files, no processes.
 
 The user writes `-postcopy`, `-postcopy-flags 0|1` and `-incoming tcp:HOST:PORT`, which stock QEMU
-does not know (or not so), and plain -m and -machine.  Stock QEMU gets RAM on a file of ours, a QMP
-socket of ours, and, where a VM is expected, `-incoming defer -S`.  All else stays as it is.
+does not know (or not so), and plain -m and -machine, or memory back ends of any kind.  Stock QEMU
+gets all RAM on files of ours, a QMP socket of ours, and, where a VM is expected, `-incoming defer
+-S`.  All else stays as it is.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from pyumem.address import Address
 from pyumem.address import parse as parse_address
 from pyumem.errors import UsageError
-from pyumem.hello import valid_name
+from pyumem.hello import MAX_AREAS, valid_name
+from pyumem.qemu_backends import WHOLE, Backend, escaped, properties, read, size_of
 from pyumem.uapi import NAME_MAX
 
 RAM_ID: Final = "ram0"
-"""Id of the memory back end; the same on both sides, as QEMU wants it."""
+"""Id of the memory back end of a VM for which the user named none; the same on both sides, as QEMU
+wants it.
+"""
 LONGEST_NAME: Final = NAME_MAX - 1 - len(f".{RAM_ID}")
 """Characters of a VM's name: with the back end's id it names an area."""
 DEFAULT_SIZE: Final = 128 << 20
@@ -38,28 +41,21 @@ only-migratable perfmap portrait postcopy preconfig rtc-td-hack sdl semihosting 
 snapshot usb version win2k-hack xen-attach xen-domid-restrict
 """
 _FLAGS: Final = frozenset(_FLAG_WORDS.split())
-_OWN_RAM: Final = (
-    "RAM belongs to umem-qemu; leave it out.  (A VM that you start yourself with all its RAM on "
-    "memory-backend-file,share=on can be migrated away, too.)"
-)
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
-_WHOLE: Final = 65536
-"""RAM is a multiple of it: umem serves whole pages, which are larger nowhere.  QEMU rounds to
-8 KiB.
-"""
-_UNITS: Final = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_WOULD_WAIT: Final = "would wait for every page before the VM can arrive"
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a command line asks for.  size is bytes of RAM, rounded up to what umem serves; rest is
-    every option that stays, in order.
-    """
+    """What a command line asks for.  rest is every option that stays, in order."""
 
     binary: str
     name: str
     """Empty without -name."""
-    size: int
+    blocks: tuple[Backend, ...]
+    """All RAM.  What umem-qemu adds, as RAM_ID, has a size that is rounded up to what umem serves.
+    """
+    own_ram: bool
+    """RAM_ID is among them, and the machine is to be told."""
     postcopy_from: Address | None
     """Where to expect the VM by post-copy, None for a QEMU that starts its own."""
     touch_pages: bool
@@ -71,29 +67,7 @@ class Wish:
 
 def parse_size(text: str) -> int:
     """Return bytes; QEMU's suffixes, MiB without one.  Raises UsageError."""
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise UsageError(f"-m {text}: not a size")
-    size = int(float(match[1]) * (1 << _UNITS[(match[2] or "m").lower()]))
-    if size <= 0:
-        raise UsageError(f"-m {text}: a VM needs RAM")
-    return size
-
-
-def _properties(text: str) -> list[tuple[str, str]]:
-    """Split QEMU's key=value,key=value; a doubled comma stands for one.
-
-    A first word without = has the key "".
-    """
-    parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
-    found = []
-    for at, part in enumerate(parts):
-        key, equals, value = part.partition("=")
-        if equals:
-            found.append((key, value))
-        else:
-            found.append(("", part) if not at else (part, "on"))
-    return found
+    return size_of(text, f"-m {text}", "m")
 
 
 def split(arguments: Sequence[str]) -> list[tuple[str, ...]]:
@@ -122,8 +96,9 @@ def parse(argv: Sequence[str]) -> Wish:
     """Read a command line.  Raises UsageError for what cannot work together with umem."""
     if not argv:
         raise UsageError("which QEMU?  umem-qemu qemu-system-x86_64 ARGUMENTS...")
-    name = flags = ""
+    name = flags = mem_path = ""
     incoming: list[str] = []
+    blocks: list[Backend] = []
     size = DEFAULT_SIZE
     postcopy = False
     autostart = True
@@ -141,12 +116,19 @@ def parse(argv: Sequence[str]) -> Wish:
             case ("-S",):
                 autostart = False
                 continue
+            case ("-mem-path", mem_path):
+                continue
+            case ("-object", argument) if block := read(argument):
+                blocks.append(block)
+                continue
             case ("-m", text):
                 size = _ram_size(text, size)
             case ("-name", text):
                 name = _guest_name(text)
-            case _:
-                _refuse(option)
+            case ("-daemonize",):
+                raise UsageError(
+                    "-daemonize: umem-qemu stays with its QEMU; put it in the background itself"
+                )
         rest.append(option)
     if flags not in ("", "0", "1"):
         raise UsageError(f"-postcopy-flags {flags}: 0 and 1 are known")
@@ -154,21 +136,30 @@ def parse(argv: Sequence[str]) -> Wish:
         raise UsageError("-postcopy is for a VM that is expected: it needs -incoming tcp:HOST:PORT")
     if flags and not postcopy:
         raise UsageError("-postcopy-flags needs -postcopy")
+    if own_ram := not _names_its_ram(rest, blocks):
+        whole = -(-size // WHOLE) * WHOLE
+        blocks.append(Backend(RAM_ID, whole, mem_path))
+        if whole != size:
+            # QEMU wants the size of the back end here, and takes the last one that it reads.
+            rest.append(("-m", f"size={whole}b"))
+    elif mem_path:
+        raise UsageError(f"-mem-path {mem_path}: all RAM is in memory back ends of yours")
+    _check_blocks(blocks, name)
     if postcopy:
         if len(incoming) > 1:
             raise UsageError(f"-postcopy takes one -incoming, not {len(incoming)}")
         for option in rest:
             _refuse_expecting(option)
+        for block in blocks:
+            if block.preallocated:
+                raise UsageError(f"-object {block.text}: prealloc {_WOULD_WAIT}")
     else:
         rest += [("-incoming", channel) for channel in incoming]
-    whole = -(-size // _WHOLE) * _WHOLE
-    if whole != size:
-        # QEMU wants the size of the back end here, and takes the last one that it reads.
-        rest.append(("-m", f"size={whole}b"))
     return Wish(
         binary=argv[0],
         name=name,
-        size=whole,
+        blocks=tuple(blocks),
+        own_ram=own_ram,
         postcopy_from=parse_address(incoming[0], listening=True) if postcopy else None,
         touch_pages=flags == "1",
         autostart=autostart,
@@ -176,15 +167,48 @@ def parse(argv: Sequence[str]) -> Wish:
     )
 
 
+def _names_its_ram(options: Sequence[tuple[str, ...]], blocks: Sequence[Backend]) -> bool:
+    """Tell whether the machine's RAM is memory back ends of the user's.
+
+    Raises UsageError for one that is not there.
+    """
+    named = []
+    for option in options:
+        match option:
+            case ("-machine" | "-M", argument):
+                named += [value for key, value in properties(argument) if key == "memory-backend"]
+            case ("-numa", argument):
+                named += [value for key, value in properties(argument) if key == "memdev"]
+    for block_id in named:
+        if block_id not in {block.id for block in blocks}:
+            raise UsageError(f"memory back end {block_id}: there is no -object of that id")
+    return bool(named)
+
+
+def _check_blocks(blocks: Sequence[Backend], name: str) -> None:
+    """Raise UsageError for RAM blocks of which umem cannot make areas."""
+    ids = [block.id for block in blocks]
+    if len(ids) > MAX_AREAS:
+        raise UsageError(f"{len(ids)} memory back ends; {MAX_AREAS} can be served")
+    for block_id in ids:
+        if ids.count(block_id) > 1:
+            raise UsageError(f"memory back end {block_id}: the id is taken, use another")
+        if len(f"{name}.{block_id}") >= NAME_MAX:
+            raise UsageError(
+                f"memory back end {block_id}: with -name it has {len(f'{name}.{block_id}')} "
+                f"characters, {NAME_MAX - 1} are allowed"
+            )
+
+
 def _ram_size(text: str, before: int) -> int:
-    for key, value in _properties(text):
+    for key, value in properties(text):
         if key in ("", "size"):
             return parse_size(value)
     return before  # -m slots=2,maxmem=4G
 
 
 def _guest_name(text: str) -> str:
-    for key, value in _properties(text):
+    for key, value in properties(text):
         if key in ("", "guest"):
             if not valid_name(value) or len(value) > LONGEST_NAME:
                 raise UsageError(
@@ -195,61 +219,36 @@ def _guest_name(text: str) -> str:
     return ""
 
 
-def _refuse(option: tuple[str, ...]) -> None:
-    """Raise UsageError for an option that cannot work with RAM of ours."""
-    text = " ".join(option)
-    match option:
-        case ("-mem-path", _):
-            raise UsageError(f"{text}: {_OWN_RAM}")
-        case ("-object", argument):
-            properties = dict(reversed(_properties(argument)))
-            kind = properties.get("qom-type") or properties.get("", "")
-            if kind.startswith("memory-backend") or '"memory-backend' in argument:
-                raise UsageError(f"{text}: {_OWN_RAM}")
-        case ("-machine" | "-M", argument) if "memory-backend" in dict(_properties(argument)):
-            raise UsageError(f"{text}: {_OWN_RAM}")
-        case ("-numa", _):
-            # A node names its RAM block, by memdev=; QEMU takes none together with a machine's.
-            raise UsageError(f"{text}: one RAM block without NUMA nodes, so far; leave it out")
-        case ("-daemonize",):
-            raise UsageError(
-                "-daemonize: umem-qemu stays with its QEMU; put it in the background itself"
-            )
-
-
 def _refuse_expecting(option: tuple[str, ...]) -> None:
     """Raise UsageError for an option that touches all RAM at once, which is not there yet."""
     match option:
         case ("-mem-prealloc",):
-            raise UsageError("-mem-prealloc would wait for every page before the VM can arrive")
-        case ("-overcommit", argument) if dict(_properties(argument)).get("mem-lock") not in (
+            raise UsageError(f"-mem-prealloc {_WOULD_WAIT}")
+        case ("-overcommit", argument) if dict(properties(argument)).get("mem-lock") not in (
             None,
             "off",
         ):
-            raise UsageError(
-                "-overcommit mem-lock would wait for every page before the VM can arrive"
-            )
+            raise UsageError(f"-overcommit mem-lock {_WOULD_WAIT}")
         case ("-loadvm", _):
             raise UsageError("-loadvm and -postcopy exclude each other")
 
 
-def _escaped(path: str) -> str:
-    return path.replace(",", ",,")
-
-
-def rewrite(wish: Wish, *, name: str, mem_path: str, qmp_path: str) -> list[str]:
-    """Return the command line for stock QEMU: RAM on mem_path, QMP at qmp_path."""
+def rewrite(wish: Wish, *, name: str, paths: Mapping[str, str], qmp_path: str) -> list[str]:
+    """Return the command line for stock QEMU: QMP at qmp_path, and each RAM block on the file that
+    paths has for its id.  One without a path stays as the user wrote it.
+    """
     options = [list(option) for option in wish.rest]
-    machines = [option for option in options if option[0] in ("-machine", "-M")]
-    if machines:
-        machines[-1][1] += f",memory-backend={RAM_ID}"
-    else:
-        options.append(["-machine", f"memory-backend={RAM_ID}"])
-    backend = (
-        f"memory-backend-file,id={RAM_ID},mem-path={_escaped(mem_path)},share=on,size={wish.size}"
-    )
-    options.append(["-object", backend])
-    options.append(["-qmp", f"unix:{_escaped(qmp_path)},server=on,wait=off"])
+    if wish.own_ram:
+        machines = [option for option in options if option[0] in ("-machine", "-M")]
+        if machines:
+            machines[-1][1] += f",memory-backend={RAM_ID}"
+        else:
+            options.append(["-machine", f"memory-backend={RAM_ID}"])
+    for block in wish.blocks:
+        argument = block.on(paths[block.id]) if block.id in paths else block.text
+        assert argument is not None
+        options.append(["-object", argument])
+    options.append(["-qmp", f"unix:{escaped(qmp_path)},server=on,wait=off"])
     if not wish.name:
         options.append(["-name", name])
     if wish.postcopy_from:

@@ -45,13 +45,16 @@ def ram_mark(path: Path) -> Path:
 
 
 def remove_ram(path: Path) -> None:
-    """Remove a RAM file and its directory if umem-qemu made it; leave any other alone."""
+    """Remove a RAM file if umem-qemu made it, and its directory with the last of them; leave any
+    other alone.
+    """
     mark = ram_mark(path)
     if mark.exists():
         path.unlink(missing_ok=True)
-        mark.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            path.parent.rmdir()
+            if list(path.parent.iterdir()) == [mark]:
+                mark.unlink()
+                path.parent.rmdir()
 
 
 def make_private(path: Path) -> Path:

@@ -19,7 +19,7 @@ import pytest
 
 from pyumem import launcher, runtime
 from pyumem.control import Asker, ControlServer
-from pyumem.launcher import RamFile
+from pyumem.launcher import RamFiles
 
 HOOK = Path(__file__).parents[2] / "qemu-hooks" / "umem-qemu"
 
@@ -99,6 +99,32 @@ def test_ram_is_a_private_file_that_goes_with_qemu(host: Host) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert f"--qmp {runtime.qmp_socket('vm1')}" in err
     assert not host.ram.parent.exists() and not runtime.vm_dir("vm1").exists()
+
+
+def test_several_blocks(host: Host) -> None:
+    """Each on a file, in its own directory where the user names one; all go with QEMU."""
+    huge, own = host.tmp / "huge", host.tmp / "own"
+    huge.mkdir()
+    own.touch()
+    host.script("exec sleep 30")
+    objects = [
+        "memory-backend-ram,id=a,size=1M",
+        f"memory-backend-file,id=b,size=2M,mem-path={huge}",
+        f"memory-backend-file,id=c,size=1M,mem-path={own},share=on",
+    ]
+    process = host.start("-name", "vm1", *(word for one in objects for word in ("-object", one)))
+    argv = host.argv()
+    theirs = host.tmp / "ram" / "vm1"
+    for name, path, size in (("a", theirs / "a", 1), ("b", huge / "vm1/b", 2), ("ram0", None, 128)):
+        path = path or theirs / name
+        assert f"memory-backend-file,id={name},mem-path={path},share=on,size={size << 20}" in argv
+        assert path.stat().st_size == size << 20
+    assert objects[2] in argv, "a shared file of the user's is left alone"
+    (theirs / "dimm").touch()
+    process.terminate()
+    process.wait(30)
+    assert not theirs.exists(), "with what was put beside it"
+    assert huge.exists() and not list(huge.iterdir()) and own.exists()
 
 
 @pytest.mark.parametrize(
@@ -211,13 +237,13 @@ def test_a_signal_before_qemu_is_there_leaves_nothing(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends umem-qemu in order, though its default would be an end without one."""
-    create = RamFile.create
+    create = RamFiles.create
 
-    def and_signal(ram: RamFile) -> None:
+    def and_signal(ram: RamFiles) -> None:
         create(ram)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(RamFile, "create", and_signal)
+    monkeypatch.setattr(RamFiles, "create", and_signal)
     before = {number: signal.getsignal(number) for number in launcher._FORWARDED}
     try:
         assert launcher.main([str(host.qemu), "-name", "vm1", "-m", "1M"]) == 128 + signal.SIGTERM
@@ -232,7 +258,8 @@ def test_a_signal_before_qemu_is_there_leaves_nothing(
     ("arguments", "status", "what"),
     [
         (["-m", "x"], 2, "not a size"),
-        (["-object", "memory-backend-ram,id=a,size=1G"], 2, "RAM belongs to umem-qemu"),
+        (["-object", "memory-backend-ram,id=a,size=1"], 2, "multiple of 64 KiB"),
+        (["-mem-path", "/dev/null"], 3, "/dev/null needs share=on"),
         (["-postcopy"], 2, "-incoming tcp:HOST:PORT"),
     ],
 )

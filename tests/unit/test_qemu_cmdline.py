@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -25,7 +26,8 @@ COME = "-postcopy -incoming tcp:0:4444"
 
 def rewritten(line: str) -> str:
     wish = parse([Q, *shlex.split(line)])
-    return shlex.join(rewrite(wish, name="vm-1", mem_path="/ram", qmp_path="/qmp")[1:])
+    paths = {block.id: "/ram" if wish.own_ram else f"/ram/{block.id}" for block in wish.blocks}
+    return shlex.join(rewrite(wish, name="vm-1", paths=paths, qmp_path="/qmp")[1:])
 
 
 @pytest.mark.parametrize(
@@ -127,11 +129,12 @@ def test_a_size_that_is_not_whole_is_said_to_qemu_anew(given: str, size: int) ->
     ],
 )
 def test_memory_options(options: str, size: int) -> None:
-    assert parse([Q, *options.split()]).size == size * MIB
+    (block,) = parse([Q, *options.split()]).blocks
+    assert block.size == size * MIB
 
 
 def test_commas_in_paths_are_doubled() -> None:
-    argv = rewrite(parse([Q]), name="n", mem_path="/a,b", qmp_path="/c,d")
+    argv = rewrite(parse([Q]), name="n", paths={"ram0": "/a,b"}, qmp_path="/c,d")
     assert any("mem-path=/a,,b,share=on" in word for word in argv)
     assert "unix:/c,,d,server=on,wait=off" in argv
 
@@ -149,14 +152,27 @@ def test_commas_in_paths_are_doubled() -> None:
         (f"{COME} -postcopy-flags 2", "0 and 1 are known"),
         ("-postcopy -incoming defer", "tcp:HOST:PORT"),
         ("-postcopy -incoming unix:/x", "tcp:HOST:PORT"),
-        ("-object memory-backend-ram,id=m,size=1G", "RAM belongs to umem-qemu"),
-        ("-object memory-backend-file,id=m,size=1G,mem-path=/x", "memory-backend-file,share=on"),
-        ('-object {"qom-type":"memory-backend-ram","id":"m"}', "RAM belongs to umem-qemu"),
-        ("-machine pc,memory-backend=m", "RAM belongs to umem-qemu"),
-        ("-mem-path /dev/hugepages", "RAM belongs to umem-qemu"),
+        ("-object memory-backend-ram,size=1G", "needs an id"),
+        ("-object memory-backend-ram,id=m,size=1x", "not a size"),
+        ("-object memory-backend-ram,id=m", "not a size"),
+        ("-object memory-backend-ram,id=m,size=8k", "multiple of 64 KiB"),
+        ("-object memory-backend-ram,id=ram0,size=1M", "ram0: the id is taken"),
+        (f"-object memory-backend-ram,id={'m' * 60},size=1M -name abc", "64 characters, 63 are"),
+        ("-object memory-backend-epc,id=m,size=1M", "cannot be on a shared file"),
+        ("-object memory-backend-memfd,id=m,size=2M,hugetlb=on", "a directory of a hugetlbfs"),
+        ('-object {"qom-type":"memory-backend-ram","id":"m"}', "not a size"),
+        (f"-object memory-backend-ram,id=m,size=1M,prealloc=on {COME}", "wait for every page"),
+        ("-machine pc,memory-backend=m", "m: there is no -object of that id"),
+        ("-numa node,memdev=m", "m: there is no -object of that id"),
+        (
+            "-mem-path /x -object memory-backend-ram,id=m,size=1M -machine memory-backend=m",
+            "back ends of yours",
+        ),
+        (
+            " ".join(f"-object memory-backend-ram,id=m{n},size=1M" for n in range(64)),
+            "65 memory back ends; 64",
+        ),
         ("-m 0x40000000", "not a size"),  # QEMU 7.2 takes it for MiB, 10.0 does not take it
-        ("-numa node,memdev=m", "without NUMA nodes"),
-        ("-numa node,cpus=0-1", "without NUMA nodes"),
         ("-daemonize", "stays with its QEMU"),
         (f"-mem-prealloc {COME}", "wait for every page"),
         (f"-overcommit mem-lock=on {COME}", "wait for every page"),
@@ -165,8 +181,6 @@ def test_commas_in_paths_are_doubled() -> None:
         ("-name guest=a/b", "allowed here"),
         (f"-name {'x' * 59}", "1 to 58 of letters"),
         (f"{COME} -incoming tcp:0:2", "one -incoming, not 2"),
-        ("-object qom-type=memory-backend-ram,id=m,size=1G", "RAM belongs to umem-qemu"),
-        ("-object id=m,size=1G,qom-type=memory-backend-ram", "RAM belongs to umem-qemu"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(line: str, what: str) -> None:
@@ -183,10 +197,75 @@ def test_what_cannot_work_is_refused_with_the_reason(line: str, what: str) -> No
         "-overcommit mem-lock=on",
         f"-overcommit mem-lock=off {COME}",
         "-overcommit cpu-pm=on",
+        "-numa node,cpus=0-1",
     ],
 )
 def test_what_is_none_of_our_business_stays(line: str) -> None:
     assert rewritten(line).startswith(line.removesuffix(COME).strip())
+
+
+BACKENDS = "memory-backend-file,id={},mem-path=/ram/{},share=on,size={}"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "memory-backend-ram,id=m,size=1G",
+        "qom-type=memory-backend-ram,id=m,size=1024M,share=off",
+        "id=m,size=1073741824,qom-type=memory-backend-memfd,seal=on,hugetlb=off",
+        "memory-backend-file,id=m,size=0x40000000,mem-path=/x,share=on,align=2M,pmem=off",
+    ],
+)
+def test_memory_of_any_kind_comes_to_be_on_a_file_of_ours(kind: str) -> None:
+    line = f"-object {kind} -m 1G -machine pc,memory-backend=m"
+    backend = BACKENDS.format("m", "m", 1 << 30)
+    assert rewritten(line) == (
+        f"-m 1G -machine pc,memory-backend=m -object {backend} {QMP} -name vm-1"
+    )
+
+
+def test_what_says_nothing_of_the_file_stays() -> None:
+    kept = "host-nodes=0-1,policy=bind,merge=off,prealloc=on"
+    line = f"-object memory-backend-ram,id=m,size=1M,{kept} -numa node,memdev=m"
+    assert f"{BACKENDS.format('m', 'm', MIB)},{kept} " in rewritten(line)
+
+
+def test_json_stays_json() -> None:
+    given = {"qom-type": "memory-backend-memfd", "id": "pc.ram", "share": False, "size": MIB}
+    more = {"x-use-canonical-path-for-ramblock-id": False, "host-nodes": [0]}
+    line = shlex.join(["-object", json.dumps(given | more), "-M", "q35,memory-backend=pc.ram"])
+    words = shlex.split(rewritten(line))
+    told = json.loads(words[words.index("-object") + 1])
+    assert told == given | more | {
+        "qom-type": "memory-backend-file",
+        "mem-path": "/ram/pc.ram",
+        "share": True,
+    }
+    assert "-M q35,memory-backend=pc.ram -object" in " ".join(words)
+
+
+def test_several_blocks_and_a_dimm() -> None:
+    nodes = " ".join(
+        f"-object memory-backend-ram,id=m{n},size=64M -numa node,nodeid={n},memdev=m{n}"
+        for n in (0, 1)
+    )
+    dimm = "-object memory-backend-ram,id=d,size=32M -device pc-dimm,id=dimm0,memdev=d"
+    told = rewritten(f"-m 128M,slots=2,maxmem=1G {nodes} {dimm}")
+    assert "memory-backend=" not in told
+    for name, size in (("m0", 64), ("m1", 64), ("d", 32)):
+        assert f"-object {BACKENDS.format(name, name, size * MIB)} " in told
+    assert "-device pc-dimm,id=dimm0,memdev=d" in told
+
+
+def test_a_dimm_beside_ram_of_ours() -> None:
+    line = "-m 64M,slots=2,maxmem=1G -object memory-backend-ram,id=d,size=32M"
+    blocks = parse([Q, *shlex.split(f"{line} -device pc-dimm,memdev=d")]).blocks
+    assert [(block.id, block.size >> 20) for block in blocks] == [("d", 32), ("ram0", 64)]
+
+
+def test_where_ram_of_ours_is_to_be() -> None:
+    (block,) = parse([Q, "-m", "64M", "-mem-path", "/dev/hugepages"]).blocks
+    assert (block.id, block.mem_path, block.keeps_file) == ("ram0", "/dev/hugepages", False)
 
 
 def test_no_binary() -> None:
@@ -220,4 +299,4 @@ def test_options_without_an_argument_are_those_of_qemu(qemu: str) -> None:
 
 def test_s_does_not_swallow_the_next_option() -> None:
     wish = parse(["qemu", "-s", "-S", "-no-user-config", "-m", "64M"])
-    assert not wish.autostart and wish.size == 64 << 20
+    assert not wish.autostart and wish.blocks[0].size == 64 << 20

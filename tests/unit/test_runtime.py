@@ -54,7 +54,10 @@ def test_only_ram_that_umem_qemu_made_is_removed(tmp_path: Path) -> None:
     runtime.remove_ram(ram)
     assert ram.exists()
     runtime.ram_mark(ram).touch()
+    ram.with_name("ram1").touch()
     runtime.remove_ram(ram)
+    assert not ram.exists() and ram.with_name("ram1").exists()
+    runtime.remove_ram(ram.with_name("ram1"))
     assert not ram.parent.exists() and tmp_path.exists()
 
 
