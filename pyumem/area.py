@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -21,6 +22,7 @@ from pyumem import uapi
 from pyumem.errors import DriverError
 from pyumem.uapi import PAGE_SIZE, AreaInfo, AreaStats, Created, MarkBuffer, RequestBuffer
 
+_ALL: Final = (1 << 64) - 1
 REQUESTS_AT_ONCE: Final = 256
 """Requests that one call of Area.requests() takes at most."""
 
@@ -28,6 +30,17 @@ REQUESTS_AT_ONCE: Final = 256
 def node_path(area_id: int) -> str:
     """Return the path of an area's node."""
     return f"/dev/umem{area_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Granule:
+    """What an area is made of.  size is bytes, 0 for the host page; huge: each is a huge page."""
+
+    size: int = 0
+    huge: bool = False
+
+
+HOST_PAGE: Final = Granule()
 
 
 class Area:
@@ -45,6 +58,7 @@ class Area:
         self.size: Final = created.size
         self.granule_size: Final = created.granule_size
         self.npages: Final = created.size // PAGE_SIZE
+        self.granule_pages: Final = max(1, created.granule_size // PAGE_SIZE)
         self.server_fd = created.server_fd
         self.shmem_fd = created.shmem_fd
         self._map: mmap.mmap | None = None
@@ -144,13 +158,33 @@ class Area:
         nr = self.size // self.granule_size
         return uapi.bitmap(self.server_fd, which, nr, area=self.name)
 
+    def page_bitmap(self) -> array.array[int]:
+        """Return which pages are cached, 64 to a word.  Raises DriverError."""
+        bits = self.bitmap()
+        step = self.granule_pages
+        if step == 1:
+            return bits
+        pages = array.array("Q", bytes(8 * -(-self.npages // 64)))
+        for at, word in enumerate(bits):
+            while word:
+                low = word & -word
+                first = (64 * at + low.bit_length() - 1) * step
+                if step >= 64:
+                    pages[first // 64 : (first + step) // 64] = array.array(
+                        "Q", [_ALL] * (step // 64)
+                    )
+                else:
+                    pages[first // 64] |= ((1 << step) - 1) << first % 64
+                word ^= low
+        return pages
+
     def open_requests(self) -> list[int]:
         """Return the pages that are requested and missing, delivered to a server or not, in order.
         Of a granule it is the first page.  Raises DriverError.
         """
         requested = self.bitmap(uapi.UMEM_BITMAP_REQUESTED)
         cached = self.bitmap(uapi.UMEM_BITMAP_CACHED)
-        step = self.granule_size // PAGE_SIZE
+        step = self.granule_pages
         return [
             (64 * at + bit) * step
             for at, (wanted, here) in enumerate(zip(requested, cached, strict=True))

@@ -135,7 +135,9 @@ class Migration:
         self._uncounted = 0
         if resumed:
             here = sum(
-                self._arrivals.know(self._arrivals.slots.slot(index, 0), area.npages, area.bitmap())
+                self._arrivals.know(
+                    self._arrivals.slots.slot(index, 0), area.npages, area.page_bitmap()
+                )
                 for index, area in enumerate(target.areas)
             )
             self._uncounted = here - self.progress().pages_done

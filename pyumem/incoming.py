@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyumem.address import Address, listen, name_of, parse
-from pyumem.area import Area
+from pyumem.area import HOST_PAGE, Area, Granule
 from pyumem.control import Asker
 from pyumem.destination import Migration, Phase, Target
 from pyumem.errors import (
@@ -106,10 +106,13 @@ class IncomingVm:
         launcher: Asker | None,
         directory: Path | None,
         verdicts: Verdicts,
+        *,
+        granule: Granule = HOST_PAGE,
     ) -> None:
         """Take nothing yet.  directory is where areas are files, if anywhere; there is no launcher
         to talk to when this VM was adopted.
         """
+        self._granule = granule
         self._verdicts = verdicts
         self._started = asyncio.Event()
         self._directory = directory
@@ -168,6 +171,7 @@ class IncomingVm:
                     "node": area.node,
                     "path": self._path(area),
                     "size_bytes": area.size,
+                    "granule_bytes": area.granule_size,
                     "cached_bytes": known.nr_cached * known.granule_size,
                 }
             )
@@ -195,12 +199,18 @@ class IncomingVm:
             self._sockets = await self._listen()
             for block in self.request.blocks:
                 # An ioctl that allocates; not in the event loop.
-                area = await asyncio.to_thread(Area.create, f"{self.name}.{block.id}", block.size)
+                area = await asyncio.to_thread(
+                    Area.create,
+                    f"{self.name}.{block.id}",
+                    block.size,
+                    granule_size=self._granule.size,
+                    huge=self._granule.huge,
+                )
                 self._areas.append(area)
                 if area.size != block.size:
                     raise ProtocolError(
                         f"RAM block {block.id}: {block.size} bytes is no multiple of the granule, "
-                        f"{area.granule_size} bytes"
+                        f"{area.granule_size} bytes (umemctl serve --granule)"
                     )
         except BaseException:
             self._release_files()

@@ -67,7 +67,7 @@ async def hear_verdict(link: AsyncLink) -> Verdict:
 async def tell_have(link: AsyncLink, areas: Sequence[Area]) -> None:
     """Say which pages every area has, in their order.  Raises LinkError, DriverError."""
     for index, area in enumerate(areas):
-        words = area.bitmap()
+        words = area.page_bitmap()
         if sys.byteorder == "big":
             words.byteswap()
         for at in range(0, len(words), _CHUNK_WORDS):

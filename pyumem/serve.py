@@ -26,6 +26,7 @@ from typing import Any, Final
 import pyumem
 from pyumem import runtime
 from pyumem.address import Address, parse
+from pyumem.area import HOST_PAGE, Granule
 from pyumem.areafs import AreaDirectory
 from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
@@ -45,9 +46,10 @@ _SECOND_S: Final = 60.0
 class Daemon:
     """The daemon.  run() until a signal ends it."""
 
-    def __init__(self, security: Security) -> None:
-        """Take nothing yet."""
+    def __init__(self, security: Security, granule: Granule = HOST_PAGE) -> None:
+        """Take nothing yet.  granule: what areas of VMs to come are made of."""
         self._security = security
+        self._granule = granule
         self._directory = AreaDirectory()
         self._vms: dict[str, IncomingVm] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
@@ -209,7 +211,14 @@ class Daemon:
         if self._stop.is_set():
             raise ControlError("umemctl serve is stopping")
         await self._end_stays(request.address.port)
-        vm = IncomingVm(request, self._security, launcher, self._directory.path, self._verdicts)
+        vm = IncomingVm(
+            request,
+            self._security,
+            launcher,
+            self._directory.path,
+            self._verdicts,
+            granule=self._granule,
+        )
         self._vms[request.name] = vm
         try:
             areas = await vm.open()

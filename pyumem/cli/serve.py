@@ -5,17 +5,40 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Final
 
 import click
 
+from pyumem.area import HOST_PAGE, Granule
 from pyumem.cli.common import log_to_stderr, security_of, security_options
 from pyumem.serve import Daemon
+from pyumem.uapi import GRANULE_MAX, PAGE_SIZE
+
+_NAMES: Final = ("4K", "8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M", "2M")
+_GRANULES: Final = {
+    name: Granule(4096 << at)
+    for at, name in enumerate(_NAMES)
+    if PAGE_SIZE <= 4096 << at <= GRANULE_MAX
+} | {"huge": Granule(GRANULE_MAX, huge=True)}
 
 
 @click.command()
 @security_options
+@click.option(
+    "--granule",
+    type=click.Choice(tuple(_GRANULES)),
+    help="How much of a VM's memory comes at a request and is served at once, with `huge` as huge "
+    "pages of 2 MiB; not less than a page of this host, which it is by default.  The source needs "
+    "nothing of it.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
-def command(token_file: Path | None, tls_creds: Path | None, insecure: bool, verbose: bool) -> None:
+def command(
+    token_file: Path | None,
+    tls_creds: Path | None,
+    insecure: bool,
+    granule: str | None,
+    verbose: bool,
+) -> None:
     """Receive VMs on this host: the daemon that `umem-qemu ... -postcopy -incoming` asks for RAM.
 
     It stays in the foreground and logs one line per event to standard error.  One daemon runs per
@@ -34,9 +57,10 @@ def command(token_file: Path | None, tls_creds: Path | None, insecure: bool, ver
       umemctl serve
       umemctl serve --tls-creds /etc/pki/umem
       umemctl serve --token-file /root/umem.token
+      umemctl serve --granule 64K
     """
     log_to_stderr(verbose=verbose)
     security = security_of(token_file, tls_creds, insecure=insecure)
     if security.credentials:
         security.credentials.server_context()  # what is wrong with them is told now
-    asyncio.run(Daemon(security).run())
+    asyncio.run(Daemon(security, _GRANULES[granule] if granule else HOST_PAGE).run())

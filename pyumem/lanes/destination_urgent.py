@@ -97,12 +97,19 @@ class UrgentLane:
                 discarded.append(pgoff)
             elif self._arrivals.asked_now(base + pgoff):
                 wanted.append(pgoff)
-        if wanted:
-            self._out += wire.pack_offsets(wire.Kind.REQUEST, index, wanted)
-            self._stats.add(Counter.REQUESTS, len(wanted))
-        if discarded:
-            self._out += wire.pack_offsets(wire.Kind.DISCARD, index, discarded)
+        self._stats.add(Counter.REQUESTS, len(wanted))
+        self._say(wire.Kind.REQUEST, index, wanted)
+        self._say(wire.Kind.DISCARD, index, discarded)
         self._flush()
+
+    def _say(self, kind: wire.Kind, index: int, granules: list[int]) -> None:
+        """Put frames for all pages of these granules, given by their first pages, into _out."""
+        step = self._areas[index].granule_pages
+        pages = granules
+        if step > 1:
+            pages = [page for first in granules for page in range(first, first + step)]
+        for at in range(0, len(pages), wire.MAX_OFFSETS):
+            self._out += wire.pack_offsets(kind, index, pages[at : at + wire.MAX_OFFSETS])
 
     def _ask_again(self) -> None:
         """Ask for what the driver knows as requested and missing.
@@ -112,9 +119,7 @@ class UrgentLane:
         for index, area in enumerate(self._areas):
             base = self._arrivals.slots.bases[index]
             pages = [page for page in area.open_requests() if self._arrivals.asked_now(base + page)]
-            for at in range(0, len(pages), wire.MAX_OFFSETS):
-                part = pages[at : at + wire.MAX_OFFSETS]
-                self._out += wire.pack_offsets(wire.Kind.REQUEST, index, part)
+            self._say(wire.Kind.REQUEST, index, pages)
             self._stats.add(Counter.REQUESTS, len(pages))
         self._flush()
 

@@ -34,7 +34,7 @@ from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import DriverError, ProtocolError
 from pyumem.lanes.link import Link
-from pyumem.shm import SharedMemory
+from pyumem.shm import ProcessLock, SharedMemory
 from pyumem.stats import Counter, StatsBlock
 
 PAGE_SIZE: Final = mmap.PAGESIZE
@@ -61,6 +61,10 @@ class AreaLike(Protocol):
     def npages(self) -> int:
         """Size in pages."""
 
+    @property
+    def granule_pages(self) -> int:
+        """Pages that are marked together, and asked for together."""
+
     def fileno(self) -> int:
         """Descriptor that is readable while a request is pending."""
 
@@ -68,7 +72,9 @@ class AreaLike(Protocol):
         """Write whole pages to the backing file."""
 
     def requests(self) -> memoryview:
-        """Requests as words pgoff, flags, ...; empty when there is none."""
+        """Requests as words pgoff, flags, ...; empty when there is none.  Of a granule it is the
+        first page.
+        """
 
     def open_requests(self) -> list[int]:
         """Pages that were requested and are missing still."""
@@ -86,6 +92,7 @@ class Arrivals:
         self.received = received
         self.asked = asked
         self._times = memoryview(asked.map).cast("Q")
+        self._lock = ProcessLock(received.fd)
 
     @classmethod
     def create(cls, slots: Slots) -> Arrivals:
@@ -150,9 +157,31 @@ class Arrivals:
                 # Not cleared: a request that the driver delivers twice is asked for once.
         times.release()
 
+    def complete(self, base: int, pgoff: int, count: int, step: int) -> list[tuple[int, int]]:
+        """Note that pages of an area whose first slot is `base`, with granules of `step` pages, are
+        written but not marked yet.
+
+        Returns the ranges (first page, count) of the granules of which nothing is missing now.
+        Several lanes may bring the pages of one; of two that bring its last ones, one is told.
+        """
+        data = self.received.map
+        first, end = pgoff - pgoff % step, -(-(pgoff + count) // step) * step
+        whole: list[tuple[int, int]] = []
+        with self._lock:
+            data[base + pgoff : base + pgoff + count] = _HERE * count
+            for granule in range(first, end, step):
+                if data[base + granule : base + granule + step].strip(_HERE):
+                    continue
+                if whole and sum(whole[-1]) == granule:
+                    whole[-1] = (whole[-1][0], whole[-1][1] + step)
+                else:
+                    whole.append((granule, step))
+        return whole
+
     def close(self) -> None:
         """Unmap; again is harmless."""
         self._times.release()
+        self._lock.close()
         self.received.close()
         self.asked.close()
 
@@ -242,9 +271,28 @@ class Filler:
         self._written(area, pgoff, count, slot)
 
     def _written(self, area: AreaLike, pgoff: int, count: int, slot: int) -> None:
-        self._stats.add(Counter.MARKED, area.mark(((pgoff, count),), touch=self._touch))
-        self._arrivals.here(slot, count, self._stats)
+        self._mark(area, slot, ((pgoff, count),), touch=self._touch)
         self._stats.add(Counter.PAGES, count)
+
+    def _mark(
+        self, area: AreaLike, slot: int, ranges: Sequence[tuple[int, int]], *, touch: bool = False
+    ) -> None:
+        """Mark what was written, or is zero; of a granule all at once, when nothing is missing.
+
+        slot is that of the first range.
+        """
+        base, step = slot - ranges[0][0], area.granule_pages
+        if step > 1:
+            ranges = [
+                whole
+                for pgoff, count in ranges
+                for whole in self._arrivals.complete(base, pgoff, count, step)
+            ]
+            if not ranges:
+                return
+        self._stats.add(Counter.MARKED, area.mark(ranges, touch=touch))
+        for pgoff, count in ranges:
+            self._arrivals.here(base + pgoff, count, self._stats)
 
     def _write(self, area: AreaLike, pgoff: int, data: memoryview) -> None:
         """Write, and as long as there is no memory, wait for it: giving up would end the guest."""
@@ -263,10 +311,8 @@ class Filler:
         ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
         slots = [self._fresh("ZERO", header.area, area, pgoff, count) for pgoff, count in ranges]
         # The backing file of a missing page reads as zeros: marking is all.
-        self._stats.add(Counter.MARKED, area.mark(ranges))
-        for slot, (_, count) in zip(slots, ranges, strict=True):
-            self._arrivals.here(slot, count, self._stats)
-            self._stats.add(Counter.ZERO_PAGES, count)
+        self._mark(area, slots[0], ranges)
+        self._stats.add(Counter.ZERO_PAGES, sum(count for _, count in ranges))
 
     def _fresh(self, what: str, index: int, area: AreaLike, pgoff: int, count: int) -> int:
         slot = self._arrivals.slots.slot(index, pgoff)

@@ -30,8 +30,9 @@ def open_descriptors() -> int:
 
 
 class FakeArea:
-    def __init__(self, name: str, npages: int) -> None:
+    def __init__(self, name: str, npages: int, granule_pages: int = 1) -> None:
         self.name = name
+        self.granule_pages = granule_pages
         self.npages = npages
         self.shmem_fd = os.memfd_create(name)
         os.ftruncate(self.shmem_fd, npages * PAGE)
@@ -49,6 +50,7 @@ class FakeArea:
 
     def touch(self, pgoff: int, flags: int = 0) -> None:
         """Fault on a page, without waiting."""
+        pgoff -= pgoff % self.granule_pages
         with self._lock:
             if not self.cached[pgoff]:
                 self._pending.append((pgoff, flags))
@@ -105,6 +107,7 @@ class FakeArea:
         with self._changed:
             for pgoff, count in ranges:
                 assert count >= 1 and pgoff + count <= self.npages
+                assert not pgoff % self.granule_pages and not count % self.granule_pages
                 self.marks.append((pgoff, count))
                 if touch:
                     self.touched.append((pgoff, count))

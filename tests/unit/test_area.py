@@ -5,9 +5,11 @@ bounds.
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,22 @@ def test_views_reach_the_backing_file(created: uapi.Created) -> None:
                 area.view(pgoff, count)
     assert not is_open(created.server_fd)
     assert not is_open(created.shmem_fd)
+
+
+@pytest.mark.parametrize("step", [1, 2, 16, 64, 512])
+def test_of_a_granule_all_pages_are_cached(
+    created: uapi.Created, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    nr = 70
+    here = {0, 3, 63, 69}
+    words = array.array("Q", [sum(1 << bit % 64 for bit in here if bit // 64 == w) for w in (0, 1)])
+    monkeypatch.setattr(uapi, "bitmap", lambda *_, **__: words)
+    granule = step * PAGE_SIZE
+    with Area(replace(created, size=nr * granule, granule_size=granule), "vm.ram0") as area:
+        pages = area.page_bitmap()
+        found = {64 * at + bit for at, w in enumerate(pages) for bit in range(64) if w >> bit & 1}
+        assert found == {granule * step + n for granule in here for n in range(step)}
+        assert len(pages) == -(-nr * step // 64)
 
 
 def test_writes_reach_the_backing_file(created: uapi.Created) -> None:

@@ -179,7 +179,7 @@ def test_the_destinations_port(
 
     async def main() -> None:
         area, launcher = FakeArea(ram), Launcher()
-        monkeypatch.setattr(Area, "create", lambda _name, _size: area)
+        monkeypatch.setattr(Area, "create", lambda _name, _size, **_: area)
         request = IncomingRequest(
             name="vm1",
             address=Address("127.0.0.1", 0),

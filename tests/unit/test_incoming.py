@@ -99,7 +99,7 @@ def run(
 ) -> None:
     async def main() -> None:
         area, launcher = FakeArea(ram), Launcher()
-        monkeypatch.setattr(Area, "create", lambda _name, _size: area)
+        monkeypatch.setattr(Area, "create", lambda _name, _size, **_: area)
         request = IncomingRequest(
             name="vm1",
             address=Address("127.0.0.1", 0),

@@ -107,6 +107,7 @@ class World:
         sizes: tuple[int, ...] = (300, 100),
         lanes: int = 1,
         tls: Path | None = None,
+        granule_pages: int = 1,
     ) -> None:
         self.tls = tls
         self.slots = Slots(sizes)
@@ -115,7 +116,7 @@ class World:
         for path, size in zip(self.paths, sizes, strict=True):
             with path.open("wb") as file:
                 file.truncate(size * PAGE)
-        self.areas = [FakeArea(f"vm.ram{n}", size) for n, size in enumerate(sizes)]
+        self.areas = [FakeArea(f"vm.ram{n}", size, granule_pages) for n, size in enumerate(sizes)]
         self.claims = ClaimMap.create(self.slots)
         self.arrivals = Arrivals.create(self.slots)
         self.stats = {
@@ -338,9 +339,11 @@ def test_nothing_is_read_before_the_vm_has_stopped(world: World) -> None:
         assert world.areas[0].page(3) == file.read(PAGE)
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_everything_comes_once(shm: Path, lanes: int) -> None:
-    world = World(shm, sizes=(2000, 333), lanes=lanes)
+@pytest.mark.parametrize(("lanes", "granule"), [(1, 1), (3, 1), (1, 16), (3, 16), (3, 512)])
+def test_everything_comes_once(shm: Path, lanes: int, granule: int) -> None:
+    """Granules of the destination may be larger than pages: all of one is marked at once."""
+    sizes = (2000, 333) if granule == 1 else (2048, 512)
+    world = World(shm, sizes, lanes, granule_pages=granule)
     world.fill(0, range(1200))
     world.fill(0, range(1500, 1600))
     world.fill(1, range(333), seed=5)
@@ -363,8 +366,8 @@ def test_everything_comes_once(shm: Path, lanes: int) -> None:
     time.sleep(0.1)
     source, destination = world.total("s"), world.total("d")
     assert source.pages == destination.pages == 1200 - 100 + 100 + 333
-    assert source.zero_pages == destination.zero_pages == 2333 - source.pages
-    assert destination.marked == 2333
+    assert source.zero_pages == destination.zero_pages == sum(sizes) - source.pages
+    assert destination.marked == sum(sizes)
     world.close()
 
 
@@ -557,6 +560,29 @@ def test_discarded_is_told_zero_and_not_fetched(world: World) -> None:
     assert world.areas[0].page(4) == bytes(PAGE)
     time.sleep(0.05)
     assert world.total("s").pages == 0 and world.total("s").zero_pages == 1
+
+
+@pytest.mark.parametrize("granule", [16, 512])
+def test_of_a_granule_all_pages_are_asked_for(shm: Path, granule: int) -> None:
+    """And of one that was discarded none is fetched."""
+    world = World(shm, sizes=(2048, 512), granule_pages=granule)
+    world.fill(0, range(0, 2048, 3))
+    world.fill(1, range(512))
+    urgent, _ = world.start_urgent()
+    urgent.go()
+    touched = sorted({page - page % granule for page in (3, 700, 701, 1400)})
+    for page in touched:
+        world.areas[0].touch(page + 1)
+    for page in touched:
+        world.areas[0].wait_cached(page)
+    assert sum(world.areas[0].cached) == len(touched) * granule
+    world.areas[1].touch(5, DISCARDED)
+    world.areas[1].wait_cached(5)
+    assert world.areas[1].page(5) == bytes(PAGE)
+    time.sleep(0.05)
+    assert world.total("d").requests == len(touched)
+    assert world.total("s").pages + world.total("s").zero_pages == (len(touched) + 1) * granule
+    world.close()
 
 
 def test_a_request_that_comes_twice_is_sent_once(world: World) -> None:

@@ -60,7 +60,7 @@ class FakeArea:
         for page, here in enumerate(cached):
             self._words[page // 64] |= here << page % 64
 
-    def bitmap(self) -> array.array[int]:
+    def page_bitmap(self) -> array.array[int]:
         return array.array("Q", self._words)
 
 
