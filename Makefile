@@ -68,6 +68,9 @@ $(STAMPS)/qemu-10.0: scripts/setup-qemu10.sh | $(STAMPS)/apt
 $(STAMPS)/checkpatch: scripts/setup-checkpatch.sh | $(STAMPS)/apt
 	@scripts/setup-checkpatch.sh
 
+$(STAMPS)/shapes: scripts/setup-shapes.sh | $(STAMPS)/apt
+	@scripts/setup-shapes.sh
+
 $(STAMPS)/packaging: scripts/setup-packaging.sh | $(STAMPS)/apt
 	@scripts/setup-packaging.sh
 
@@ -144,6 +147,10 @@ test-migration: $(STAMPS)/vm-image $(THE_KERNELS:%=module-%) ## tests of whole m
 test-chaos: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## a guest moved again and again while something breaks each time (MOVES= SEED= KERNEL=)
 	@$(VM) --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --name $@ \
 		--timeout $$(($(MOVES) * 120 + 600)) -- python -m tests.migration.chaos $(MOVES) $(SEED)
+
+.PHONY: test-shapes
+test-shapes: $(STAMPS)/vm-image $(STAMPS)/shapes module-$(ONE_KERNEL) ## machines of unusual shapes: page sizes, three hosts, a vhost-user disk, a balloon, too little memory (KERNEL=)
+	@$(PY) scripts/run_tests.py --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) shapes
 
 .PHONY: test-debug-kernel
 test-debug-kernel: ## tests of the driver on a kernel with KASAN, lockdep, kmemleak and fault injection, built once

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A source with a running guest, a destination with a daemon, and the commands between them."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from pyumem import uapi
 from pyumem.control import ControlClient
 from pyumem.errors import ControlError
+from pyumem.qemu import Qemu
 from pyumem.uapi import AreaInfo
 from tests import certificates
 from tests.vm.guest import GuestConsole, GuestSpec
@@ -99,7 +101,7 @@ class World:
         self.stack.callback(program.end)
         return program
 
-    def _console(self, serial: Path) -> GuestConsole:
+    def console(self, serial: Path) -> GuestConsole:
         console = self._consoles[serial.name] = GuestConsole(serial)
         return self.stack.enter_context(console)
 
@@ -120,14 +122,19 @@ class World:
         return serve
 
     def guest(
-        self, spec: GuestSpec, name: str = "vm1", qemu: str = "UMEM_QEMU"
+        self,
+        spec: GuestSpec,
+        name: str = "vm1",
+        qemu: str = "UMEM_QEMU",
+        arguments: tuple[str, ...] = (),
     ) -> tuple[Program, GuestConsole]:
         """Start the guest on the source; returns when its workload runs."""
         serial = self.tmp / f"{name}-source.serial"
         program = self.start(
-            self.source, LAUNCHER, os.environ[qemu], "-name", name, *spec.qemu_args(serial)
+            self.source,
+            *(LAUNCHER, os.environ[qemu], "-name", name, *spec.qemu_args(serial), *arguments),
         )
-        console = self._console(serial)
+        console = self.console(serial)
         console.wait("ready", timeout=4 * PATIENCE)  # tcg within tcg
         return program, console
 
@@ -137,6 +144,7 @@ class World:
         name: str = "vm1",
         qemu: str = "UMEM_QEMU",
         arguments: tuple[str, ...] = (),
+        port: int = PORT,
     ) -> tuple[Program, GuestConsole]:
         """Start the QEMU that waits for the guest; returns when it does."""
         self._count += 1
@@ -144,7 +152,7 @@ class World:
         program = self.start(
             self.destination,
             *(LAUNCHER, os.environ[qemu], "-name", name, *spec.qemu_args(serial)),
-            *("-postcopy", "-incoming", f"tcp:0:{PORT}", *arguments),
+            *("-postcopy", "-incoming", f"tcp:0:{port}", *arguments),
         )
 
         def waiting() -> bool:
@@ -152,7 +160,7 @@ class World:
             return self.vm(name).get("state") == "waiting"
 
         eventually(waiting, why=f"{name} does not wait: {program.said()}")
-        return program, self._console(serial)
+        return program, self.console(serial)
 
     def guest_refused(self, spec: GuestSpec, name: str = "vm1") -> str:
         """Try to start a guest that umem-qemu has to refuse; return what it says."""
@@ -164,11 +172,9 @@ class World:
         assert program.wait() != 0
         return program.said()
 
-    def migrate(self, *arguments: str, vm: str = "vm1") -> Program:
-        return self.start(
-            self.source,
-            *("umemctl", "migrate", "-p", self.destination_uri, "--vm", vm, *arguments),
-        )
+    def migrate(self, *arguments: str, vm: str = "vm1", port: int = PORT) -> Program:
+        uri = f"tcp:{self.destination.address}:{port}"
+        return self.start(self.source, *("umemctl", "migrate", "-p", uri, "--vm", vm, *arguments))
 
     # --- looking ---
 
@@ -230,6 +236,19 @@ def report_of(migrate: Program) -> dict[str, Any]:
     told = json.loads(text[text.index("\n{\n") :] if not text.startswith("{") else text)
     assert isinstance(told, dict)
     return told
+
+
+def ask_qemu(path: Path, command: str, **arguments: object) -> Any:  # noqa: ANN401 - QMP's own
+    """Execute a command at a QMP socket that nobody else uses."""
+
+    async def once() -> object:
+        qemu = await Qemu.connect_when_there(path, PATIENCE)
+        try:
+            return await qemu.execute(command, **arguments)
+        finally:
+            await qemu.close()
+
+    return asyncio.run(once())
 
 
 def alive(console: GuestConsole, seconds: float = PATIENCE) -> None:

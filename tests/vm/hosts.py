@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,6 +53,8 @@ class Host:
     address: str
     runtime: Path
     """Value of UMEM_RUNTIME_DIR for every program of this host."""
+    device: str = DEVICE
+    """Its end of the link."""
     extra_env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -116,16 +118,16 @@ class Host:
 
     def set_link(self, link: Link) -> None:
         """Change what happens to the packets that this host sends."""
-        tc = ["tc", "qdisc", "replace", "dev", DEVICE, "root", "netem", *link.netem()]
+        tc = ["tc", "qdisc", "replace", "dev", self.device, "root", "netem", *link.netem()]
         self.run(tc, check=True)
 
     def link_up(self, up: bool) -> None:
         """Pull or plug this host's cable."""
-        self.run(["ip", "link", "set", DEVICE, "up" if up else "down"], check=True)
+        self.run(["ip", "link", "set", self.device, "up" if up else "down"], check=True)
 
     def tx_bytes(self) -> int:
         """Return how many bytes this host has sent so far, all headers included."""
-        shown = self.run(["ip", "-j", "-s", "link", "show", DEVICE], check=True)
+        shown = self.run(["ip", "-j", "-s", "link", "show", self.device], check=True)
         return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
 
 
@@ -145,25 +147,50 @@ def two_hosts(
     pairs that live at the same time, which then need different networks too.
     """
     link = link or Link()
+    with _namespaces(f"{prefix}src", f"{prefix}dst") as (source, destination):
+        yield _wire(source, destination, network, DEVICE, link)
+
+
+@contextlib.contextmanager
+def three_hosts(link: Link | None = None) -> Iterator[list[tuple[Host, Host]]]:
+    """Give three hosts a, b, c as the pairs (a, b), (b, c), (c, a), each with a link of its own.
+
+    A host is the same in both of its pairs, but for its address and device.
+    """
+    link = link or Link()
+    with _namespaces("a", "b", "c") as (a, b, c):
+        yield [
+            _wire(one, other, f"10.77.{n}", f"umem{n}", link)
+            for n, (one, other) in enumerate(((a, b), (b, c), (c, a)))
+        ]
+
+
+@contextlib.contextmanager
+def _namespaces(*names: str) -> Iterator[list[Host]]:
     base = Path(tempfile.mkdtemp(prefix="umem-hosts-", dir="/run"))
-    hosts = (
-        Host(f"{prefix}src", f"{network}.1", base / "src"),
-        Host(f"{prefix}dst", f"{network}.2", base / "dst"),
-    )
+    hosts = [Host(name, "", base / name) for name in names]
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, base, ignore_errors=True)
         for host in hosts:
             host.runtime.mkdir(mode=0o700)
             _ip("netns", "add", host.namespace)
             stack.callback(_ip, "netns", "del", host.namespace)
-        source, destination = hosts
-        _ip(
-            *("link", "add", DEVICE, "netns", source.namespace, "type", "veth"),
-            *("peer", "name", DEVICE, "netns", destination.namespace),
-        )
-        for host in hosts:
-            host.run(["ip", "addr", "add", f"{host.address}/24", "dev", DEVICE], check=True)
             host.run(["ip", "link", "set", "lo", "up"], check=True)
-            host.link_up(True)
-            host.set_link(link)
-        yield source, destination
+        yield hosts
+
+
+def _wire(one: Host, other: Host, network: str, device: str, link: Link) -> tuple[Host, Host]:
+    """Lay a link between two hosts.  Returns them as its two ends."""
+    ends = (
+        replace(one, address=f"{network}.1", device=device),
+        replace(other, address=f"{network}.2", device=device),
+    )
+    _ip(
+        *("link", "add", device, "netns", one.namespace, "type", "veth"),
+        *("peer", "name", device, "netns", other.namespace),
+    )
+    for host in ends:
+        host.run(["ip", "addr", "add", f"{host.address}/24", "dev", device], check=True)
+        host.link_up(True)
+        host.set_link(link)
+    return ends
