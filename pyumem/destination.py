@@ -37,8 +37,9 @@ from pyumem.errors import LinkError, ProtocolError, QemuError, RefusedError, Ume
 from pyumem.greeting import AsyncLink, refuse, welcome
 from pyumem.heartbeat import beat
 from pyumem.hello import Hello, Lane, flag
-from pyumem.lanes.fill import Arrivals
+from pyumem.lanes.fill import BUFFER_SIZE, Arrivals
 from pyumem.lanes.link import tune
+from pyumem.lanes.room import Room, groups_of
 from pyumem.qemu import Qemu
 from pyumem.recovery import Fate, Verdict, tell_have
 from pyumem.release import CONFIRM_S
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 _POLL_S: Final = 0.02
 """Seconds between two looks at how much is cached."""
 _BYE_S: Final = 10.0
+_MEMORY_LOOK_S: Final = 1.0
+"""Seconds between two looks whether the lanes wait for memory: longer than one wait of theirs."""
 _INMIGRATE_S: Final = 10.0
 
 
@@ -126,6 +129,8 @@ class Migration:
         self.unconfirmed = False
         """It is complete, and the source may not know."""
         self.guest_ended = ""
+        self.starved = ""
+        """What there is too little of for more pages, while the lanes wait for it."""
         self._complete = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -172,7 +177,7 @@ class Migration:
         urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
         return {
             "state": self.state.value,
-            "reason": self.reason,
+            "reason": self.starved or self.reason,
             "peer": self.peer,
             "source_vm": self.hello.vm,
             "session": self.hello.session,
@@ -214,6 +219,7 @@ class Migration:
                     "peer": link.peer,
                     "touch": self._target.touch,
                     "resumed": self._resumed,
+                    "qemu_pid": self._target.qemu.pid,
                     "tls": self.lanes.to_json(),
                     "compression": directory() if compression else "",
                 }
@@ -285,6 +291,7 @@ class Migration:
         Never raises for what a peer or QEMU does: see state and reason.
         """
         self._spawn(self._watch_qemu(), "watch QEMU")
+        self._spawn(self._watch_memory(), "watch memory")
         control = self._spawn(self._converse(), "control lane")
         try:
             await asyncio.wait({control, self._broken}, return_when=asyncio.FIRST_COMPLETED)
@@ -386,6 +393,26 @@ class Migration:
             await self._tell_complete({"guest_ended": qemu.shutdown_reason})
             return
         self._break(QemuError(f"the destination's QEMU (pid {qemu.pid}) is gone"))
+
+    async def _watch_memory(self) -> None:
+        """Say when the lanes wait for memory, and when they need not any more."""
+        waits = 0
+        while True:
+            before, waits = waits, self._memory_waits()
+            if waits == before and self.starved:
+                log.info("%s: there is memory again, pages flow", self._target.name)
+                self.starved = ""
+            elif waits > before and not self.starved:
+                what = Room(groups_of(self._target.qemu.pid)).lacks(BUFFER_SIZE)
+                self.starved = f"no memory for its pages: {what or 'the kernel refuses more'}"
+                log.error(
+                    "%s: %s; the guest waits for what it lacks until there is room",
+                    *(self._target.name, self.starved),
+                )
+            await asyncio.sleep(_MEMORY_LOOK_S)
+
+    def _memory_waits(self) -> int:
+        return self._totals(Lane.URGENT).memory_waits + self._totals(Lane.BACKGROUND).memory_waits
 
     # --- the control lane ---
 

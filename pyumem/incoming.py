@@ -148,6 +148,8 @@ class IncomingVm:
     def state(self) -> str:
         """Return "starting", "waiting", or the state of its migration."""
         if self.migration:
+            if self.migration.starved and self.migration.state is State.POSTCOPY_ACTIVE:
+                return State.POSTCOPY_PAUSED.value
             return self.migration.state.value
         if self._record:
             return State.POSTCOPY_PAUSED.value

@@ -13,6 +13,7 @@ from pyumem.claims import Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.fill import Arrivals, Filler
 from pyumem.lanes.link import Link, make_link
+from pyumem.lanes.room import Room, groups_of
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
 
@@ -58,7 +59,9 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
         return
     link = make_link(sock, message, stats)
     arrivals = Arrivals.attach(slots, fds[2:4])
-    serve(link, Filler(link, areas, arrivals, stats, touch=message["touch"], unpack=unpack))
+    room = Room(groups_of(message["qemu_pid"]))
+    touch = message["touch"]
+    serve(link, Filler(link, areas, arrivals, stats, room=room, touch=touch, unpack=unpack))
     # The socket stays open until the parent ends this process: that is how the source sees that the
     # lane is alive.
     channel.send({"event": "drained"})

@@ -25,6 +25,7 @@ from pyumem.claims import Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.fill import AreaLike, Arrivals, Filler
 from pyumem.lanes.link import Link, make_link
+from pyumem.lanes.room import Room, groups_of
 from pyumem.stats import Counter, StatsBlock
 from pyumem.uapi import UMEM_REQUEST_DISCARDED
 from pyumem.worker import Channel, hurry, run
@@ -41,11 +42,12 @@ class UrgentLane:
         arrivals: Arrivals,
         stats: StatsBlock,
         *,
+        room: Room | None = None,
         touch: bool = False,
         resumed: bool = False,
     ) -> None:
-        """Serve the areas over the link.  touch: map pages for the guest as they come; resumed: ask
-        again for what was asked for on a lane that was lost.
+        """Serve the areas over the link, while there is room.  touch: map pages for the guest as
+        they come; resumed: ask again for what was asked for on a lane that was lost.
         """
         self._resumed = resumed
         self._channel = channel
@@ -53,7 +55,7 @@ class UrgentLane:
         self._areas = areas
         self._arrivals = arrivals
         self._stats = stats
-        self._filler = Filler(link, areas, arrivals, stats, touch=touch)
+        self._filler = Filler(link, areas, arrivals, stats, room=room, touch=touch)
         self._out = bytearray()
 
     def run(self) -> None:
@@ -155,8 +157,16 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     # The parent has to say WELCOME on the socket first.
     if channel.wait_go():
         link = make_link(sock, message, stats)
-        touch, resumed = message["touch"], message["resumed"]
-        UrgentLane(channel, link, areas, arrivals, stats, touch=touch, resumed=resumed).run()
+        UrgentLane(
+            channel,
+            link,
+            areas,
+            arrivals,
+            stats,
+            room=Room(groups_of(message["qemu_pid"])),
+            touch=message["touch"],
+            resumed=message["resumed"],
+        ).run()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import DriverError, ProtocolError
 from pyumem.lanes.link import Link
+from pyumem.lanes.room import Room
 from pyumem.shm import ProcessLock, SharedMemory
 from pyumem.stats import Counter, StatsBlock
 
@@ -196,13 +197,16 @@ class Filler:
         arrivals: Arrivals,
         stats: StatsBlock,
         *,
+        room: Room | None = None,
         touch: bool = False,
         unpack: Callable[[memoryview, memoryview], None] | None = None,
     ) -> None:
-        """Fill the areas from the link.  touch: map pages for the guest as they come; unpack: makes
-        pages of compressed ones (pyumem.lanes.compress), where those were agreed upon.
+        """Fill the areas from the link, while there is room.  touch: map pages for the guest as
+        they come; unpack: makes pages of compressed ones (pyumem.lanes.compress), where those were
+        agreed upon.
         """
         self._touch = touch
+        self._room = room or Room(())
         self._link = link
         self._areas = areas
         self._arrivals = arrivals
@@ -298,14 +302,14 @@ class Filler:
         """Write, and as long as there is no memory, wait for it: giving up would end the guest."""
         while True:
             try:
-                area.write(pgoff, data)
+                if not self._room.lacks(len(data)):
+                    area.write(pgoff, data)
+                    return
             except DriverError as e:
                 if e.errno not in (errno.ENOMEM, errno.ENOSPC):
                     raise
-                self._stats.add(Counter.MEMORY_WAITS, 1)
-                time.sleep(_NO_MEMORY_S)
-            else:
-                return
+            self._stats.add(Counter.MEMORY_WAITS, 1)
+            time.sleep(_NO_MEMORY_S)
 
     def _zero(self, header: wire.Header, area: AreaLike) -> None:
         ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
