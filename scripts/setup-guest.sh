@@ -15,7 +15,7 @@ dir=$BUILD/guest
 mkdir -p "$dir"
 # In the order in which tests/guest/init loads them.
 modules=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci
-	virtio_balloon virtio_mem)
+	virtio_balloon virtio_mem virtio_blk)
 
 if ! stamp_fresh guest-kernel "$0" "$ROOT/scripts/extract-vmlinux.py"; then
 	with_lock apt-lists
@@ -32,7 +32,9 @@ if ! stamp_fresh guest-kernel "$0" "$ROOT/scripts/extract-vmlinux.py"; then
 	rm -rf "$dir/modules"
 	mkdir -p "$dir/modules"
 	for module in "${modules[@]}"; do
-		cp "$dir"/kernel/lib/modules/*/kernel/drivers/virtio/"$module.ko" "$dir/modules/"
+		cp "$dir"/kernel/lib/modules/*/kernel/drivers/{virtio,block}/"$module.ko" \
+			"$dir/modules/" 2>/dev/null || [ -e "$dir/modules/$module.ko" ] ||
+			die "no module $module"
 	done
 	rm -rf "$dir/kernel"
 	drop_debs "$image"

@@ -30,8 +30,7 @@ from tests.vm.guest import GuestSpec
 from tests.vm.hosts import three_hosts
 
 MIB = 1 << 20
-# TCG as in test_before_commit.py, and for the same reason.
-SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M", accel="tcg")
+SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M")
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
