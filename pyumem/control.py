@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,9 @@ from typing import Any, Final, Self
 from pyumem.errors import ControlError, UmemError
 
 MAX_LINE: Final = 256 * 1024
+
+# Since 3.13 asyncio removes the path by itself, whoever made it.
+_KEEP_PATH: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
 class Asker:
@@ -51,33 +55,46 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 class ControlServer:
-    """Listens on a Unix socket, mode 0600.
+    """Listens on a Unix socket, mode 0600, or on one that somebody else made and keeps.
 
     A context manager; whoever makes one holds a lock that says the path is its own.
     """
 
-    def __init__(self, path: Path, handler: Handler) -> None:
-        """Name the socket's path; a socket that was left there is removed."""
+    def __init__(
+        self, path: Path, handler: Handler, inherited: socket.socket | None = None
+    ) -> None:
+        """Name the socket's path; a socket that was left there is removed.
+
+        One that is inherited listens at that path already and is owned from now on; the path is not
+        ours then.
+        """
         self._path = path
         self._handler = handler
+        self._inherited = inherited
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Listen."""
-        self._path.unlink(missing_ok=True)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = self._inherited or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            mask = os.umask(0o177)
-            try:
-                sock.bind(str(self._path))
-            finally:
-                os.umask(mask)
-            self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE)
+            if not self._inherited:
+                self._bind(sock)
+            self._server = await asyncio.start_unix_server(
+                self._serve, sock=sock, limit=MAX_LINE, **_KEEP_PATH
+            )
         except OSError as e:
             sock.close()
             raise ControlError(f"{self._path}: {e.strerror}") from e
         return self
+
+    def _bind(self, sock: socket.socket) -> None:
+        self._path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(self._path))
+        finally:
+            os.umask(mask)
 
     async def __aexit__(
         self,
@@ -91,7 +108,8 @@ class ControlServer:
         for task in list(self._open):
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
-        self._path.unlink(missing_ok=True)
+        if not self._inherited:
+            self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

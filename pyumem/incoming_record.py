@@ -20,7 +20,8 @@ from pyumem.process import ProcessName
 log = logging.getLogger(__name__)
 
 
-def _directory() -> Path:
+def directory() -> Path:
+    """Return where they are kept."""
     return runtime.runtime_dir() / "incoming"
 
 
@@ -53,11 +54,11 @@ class IncomingRecord:
     @property
     def path(self) -> Path:
         """Return where it is kept."""
-        return _directory() / f"{runtime.check_name(self.name)}.json"
+        return directory() / f"{runtime.check_name(self.name)}.json"
 
     def write(self) -> None:
         """Write it, all or nothing.  Raises UmemError."""
-        runtime.make_private(_directory())
+        runtime.make_private(directory())
         runtime.write_record(self.path, {**asdict(self), "hello": self.hello.to_json()})
 
     def remove(self) -> None:
@@ -83,7 +84,7 @@ class IncomingRecord:
 def left_behind() -> list[IncomingRecord]:
     """Return the records of this host; one that cannot be read is told of and left alone."""
     found = []
-    for path in sorted(_directory().glob("*.json")):
+    for path in sorted(directory().glob("*.json")):
         try:
             found.append(IncomingRecord.read(path))
         except Exception as e:

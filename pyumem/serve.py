@@ -9,7 +9,8 @@ start: it may have been killed, or ended all the same.
 
 Ending it: SIGTERM or SIGINT ends QEMUs that still wait, gives up migrations before their commit
 (their VMs go on at the source), and stops. While a guest depends on it for its missing pages the
-first signal only says so; a second one stops it, and that guest then waits.
+first signal only says so; a second one stops it, and that guest then waits.  A service manager
+asks once before it kills, so that its first signal counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pyumem
-from pyumem import runtime
+from pyumem import incoming_record, runtime, verdicts
 from pyumem.address import Address, parse
 from pyumem.area import HOST_PAGE, Granule
 from pyumem.areafs import AreaDirectory
@@ -32,8 +33,10 @@ from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
 from pyumem.incoming import IncomingRequest, IncomingVm
 from pyumem.incoming_record import IncomingRecord, left_behind
+from pyumem.service import Manager, inherited_socket
 from pyumem.tls import Security
 from pyumem.verdicts import Verdicts, stay_for
+from pyumem.worker import may_hurry
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class Daemon:
         """Take nothing yet.  granule: what areas of VMs to come are made of."""
         self._security = security
         self._granule = granule
+        self._manager = Manager.from_environment()
         self._directory = AreaDirectory()
         self._vms: dict[str, IncomingVm] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
@@ -68,6 +72,10 @@ class Daemon:
         Raises ControlError when another daemon serves this runtime directory.
         """
         directory = runtime.make_private(runtime.runtime_dir())
+        inherited = inherited_socket(runtime.serve_socket())
+        # Now, and not when the first VM is on its way: they may be another user's.
+        for needed in (incoming_record.directory(), verdicts.directory()):
+            runtime.make_private(needed)
         loop = asyncio.get_running_loop()
         with (
             runtime.LockFile(
@@ -75,7 +83,7 @@ class Daemon:
             ),
             self._directory,
         ):
-            async with ControlServer(runtime.serve_socket(), self._answer):
+            async with ControlServer(runtime.serve_socket(), self._answer, inherited):
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     if signal.getsignal(number) is signal.SIG_IGN:
                         continue  # nohup
@@ -86,18 +94,38 @@ class Daemon:
                     os.getpid(),
                     self._security.describe(),
                 )
+                if not may_hurry():
+                    log.info(
+                        "requested pages are served at normal priority: no LimitNICE=-10, and not "
+                        "root"
+                    )
                 on_ready()
                 self._adoption = asyncio.create_task(self._adopt_all(), name="adopt")
+                self._manager.ready(self._in_short())
+                told = asyncio.create_task(
+                    self._manager.follow(self._in_short), name="service manager"
+                )
                 try:
                     await self._stop.wait()
+                    self._manager.stopping(f"stopping: {self._in_short()}")
                 finally:
                     await self._end_all()
+                    told.cancel()
+                    await asyncio.gather(told, return_exceptions=True)
         log.info("stopped")
 
     def request_stop(self, why: str) -> None:
         """End, unless a guest depends on this process and this is the first time."""
         dependent = [vm.name for vm in self._vms.values() if vm.depends_on_us]
         now = time.monotonic()
+        if dependent and self._manager.there:
+            log.warning(
+                "%s: stopping, though %s still get(s) memory through this process: the guest waits "
+                "for the next one",
+                *(why, ", ".join(dependent)),
+            )
+            self._stop.set()
+            return
         if dependent and not (self._warned_of == dependent and now - self._warned_at < _SECOND_S):
             self._warned_of, self._warned_at = dependent, now
             log.warning(
@@ -108,6 +136,11 @@ class Daemon:
             return
         log.info("%s: stopping", why)
         self._stop.set()
+
+    def _in_short(self) -> str:
+        """Return what `systemctl status` shows."""
+        vms = ", ".join(f"{vm.name} {vm.state}" for vm in self._vms.values())
+        return vms or "no VM is expected"
 
     async def _adopt_all(self) -> None:
         """Take over what other daemons left, each for itself: one that cannot be had now is tried

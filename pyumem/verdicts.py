@@ -69,7 +69,8 @@ class Judged:
         return cls(**{**known, "fate": Fate(known["fate"])})
 
 
-def _directory() -> Path:
+def directory() -> Path:
+    """Return where they are kept."""
     return runtime.runtime_dir() / "verdicts"
 
 
@@ -82,7 +83,7 @@ class Verdicts:
 
     def load(self) -> list[Judged]:
         """Read what other daemons left, and return it."""
-        for path in sorted(_directory().glob("*.json")):
+        for path in sorted(directory().glob("*.json")):
             try:
                 judged = Judged.from_json(json.loads(path.read_text()))
             except (OSError, ValueError, TypeError, KeyError) as e:
@@ -102,8 +103,8 @@ class Verdicts:
         self._forget_old()
         self._known[judged.session] = judged
         try:
-            runtime.make_private(_directory())
-            runtime.write_record(_directory() / f"{judged.session}.json", asdict(judged))
+            runtime.make_private(directory())
+            runtime.write_record(directory() / f"{judged.session}.json", asdict(judged))
             return True
         except (UmemError, OSError) as e:
             log.error("%s: %s", judged.name, e)
@@ -114,7 +115,7 @@ class Verdicts:
             if time.time() - judged.at > KEEP_S:
                 del self._known[session]
                 with contextlib.suppress(OSError):
-                    (_directory() / f"{session}.json").unlink(missing_ok=True)
+                    (directory() / f"{session}.json").unlink(missing_ok=True)
 
     @property
     def addresses(self) -> set[Address]:

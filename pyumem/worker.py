@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -65,6 +66,12 @@ class Channel:
     def close(self) -> None:
         """Close it; again is harmless."""
         self.sock.close()
+
+
+def may_hurry() -> bool:
+    """Tell whether hurry() is allowed here: to root, and under RLIMIT_NICE (setrlimit(2))."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NICE)
+    return os.geteuid() == 0 or limit == resource.RLIM_INFINITY or limit >= 20 - _URGENT_NICE
 
 
 def hurry() -> None:
