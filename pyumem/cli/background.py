@@ -9,11 +9,12 @@ import click
 
 from pyumem import runtime
 from pyumem.cli.common import max_bandwidth_option, size
+from pyumem.cli.completion import vm_leaving
 from pyumem.control import ControlClient
 
 
 @click.command()
-@click.argument("vm")
+@click.argument("vm", shell_complete=vm_leaving)
 @click.option("--on/--off", default=True, help="Switch it on (the default) or off.")
 @max_bandwidth_option
 @click.pass_context

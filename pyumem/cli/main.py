@@ -12,9 +12,10 @@ import click
 import pyumem
 from pyumem.errors import UmemError
 
-_COMMANDS: Final = {
+COMMANDS: Final = {
     "background": "switch the background transfer of a running migration on or off, or limit it",
     "check": "check that this host can send or receive a VM",
+    "completion": "print the script with which a shell completes umemctl",
     "list": "list the driver's areas",
     "migrate": "send a VM to another host",
     "recover": "have a migration connect anew, perhaps to another address",
@@ -35,12 +36,9 @@ Exit status:
 
 \b
 Environment:
-  UMEM_RUNTIME_DIR  sockets and locks; default /run/umem for root, else $XDG_RUNTIME_DIR/umem
+  UMEM_RUNTIME_DIR  sockets and locks; default /run/umem for root and for who may have VMs there,
+                    else $XDG_RUNTIME_DIR/umem
   UMEM_RAM_DIR      RAM files of VMs that umem-qemu starts; default /dev/shm/umem for root
-
-\b
-Completion for bash (zsh and fish likewise):
-  eval "$(_UMEMCTL_COMPLETE=bash_source umemctl)"
 """
 
 
@@ -48,14 +46,14 @@ class _Commands(click.Group):
     """Imports a command when it is used: `status` should not wait for what only `migrate` needs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's)
-        return sorted(_COMMANDS)
+        return sorted(COMMANDS)
 
     def get_command(
         self,
         ctx: click.Context,  # noqa: ARG002 (click's)
         cmd_name: str,
     ) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
         command = importlib.import_module(f"pyumem.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
@@ -67,7 +65,7 @@ class _Commands(click.Group):
         formatter: click.HelpFormatter,
     ) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(sorted(_COMMANDS.items()))
+            formatter.write_dl(sorted(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
         try:

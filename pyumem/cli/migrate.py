@@ -22,6 +22,7 @@ from pyumem.cli.common import (
     security_of,
     security_options,
 )
+from pyumem.cli.completion import vm_here
 from pyumem.cli.display import make_display, show_report
 from pyumem.commit_record import CommitRecord, names
 from pyumem.compression import Compress, offer
@@ -57,7 +58,11 @@ from pyumem.tls import Security
     type=click.Path(path_type=Path, dir_okay=False),
     help="QMP socket of the VM.  Default: that of the only VM that umem-qemu runs here.",
 )
-@click.option("--vm", help="Name of a VM that umem-qemu runs here, instead of --qmp.")
+@click.option(
+    "--vm",
+    shell_complete=vm_here,
+    help="Name of a VM that umem-qemu runs here, instead of --qmp.",
+)
 @click.option(
     "--lanes",
     type=click.IntRange(1, MAX_LANES),

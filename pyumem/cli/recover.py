@@ -7,11 +7,12 @@ import click
 
 from pyumem import runtime
 from pyumem.address import parse
+from pyumem.cli.completion import vm_leaving
 from pyumem.control import ControlClient
 
 
 @click.command()
-@click.argument("vm")
+@click.argument("vm", shell_complete=vm_leaving)
 @click.argument("uri", required=False)
 def command(vm: str, uri: str | None) -> None:
     """Have a migration of VM that is under way connect anew, now.

@@ -14,7 +14,7 @@ import pyumem
 from pyumem import checks
 from pyumem.cli import status
 from pyumem.cli.display import show_report
-from pyumem.cli.main import _COMMANDS, main
+from pyumem.cli.main import COMMANDS, main
 from pyumem.report import Report, State, take_arrival
 
 Umemctl = Callable[..., Result]
@@ -34,13 +34,13 @@ def test_version(umemctl: Umemctl) -> None:
 
 def test_help_names_every_command_and_status(umemctl: Umemctl) -> None:
     text = umemctl("--help").output
-    for name in _COMMANDS:
+    for name in COMMANDS:
         assert f"  {name} " in text
-    for word in ("Exit status:", "  4 ", "UMEM_RUNTIME_DIR", "_UMEMCTL_COMPLETE"):
+    for word in ("Exit status:", "  4 ", "UMEM_RUNTIME_DIR", "completion"):
         assert word in text
 
 
-@pytest.mark.parametrize("name", _COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_with_an_example(umemctl: Umemctl, name: str) -> None:
     result = umemctl(name, "--help")
     assert result.exit_code == 0
@@ -197,3 +197,41 @@ def test_a_destination_that_tells_nonsense(value: object) -> None:
     report = Report("vm1", "tcp:a:1", "0", State.COMPLETED)
     take_arrival(report, {"demand_latency_p50_us": value, "requests": value, "guest_ended": value})
     json.dumps(report.to_json())
+
+
+# --- completion ---
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(umemctl: Umemctl, shell: str) -> None:
+    result = umemctl("completion", shell)
+    assert result.exit_code == 0 and f"_UMEMCTL_COMPLETE={shell}_complete" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("umemctl re", ["recover"]),
+        ("umemctl completion ", ["bash", "zsh", "fish"]),
+        ("umemctl migrate --vm ", ["here-1", "here.2"]),
+        ("umemctl migrate --resume --vm ", ["left"]),
+        ("umemctl background l", ["leaving"]),
+        ("umemctl recover ", ["leaving", "other"]),
+    ],
+)
+def test_names_of_vms_are_completed(tmp_path: Path, words: str, expected: list[str]) -> None:
+    for name in ("vm/here-1/qmp.sock", "vm/here.2/qmp.sock", "vm/starting/lock"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "migrate").mkdir()
+    for name in ("left.json", "leaving.sock", "other.sock"):
+        (tmp_path / "migrate" / name).touch()
+    env = {
+        "UMEM_RUNTIME_DIR": str(tmp_path),
+        "_UMEMCTL_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    result = CliRunner().invoke(main, [], env=env, prog_name="umemctl")
+    found = [line.partition(",")[2] for line in result.output.splitlines()]
+    assert found == expected
