@@ -6,8 +6,10 @@ Each check says what it found and, when that is not right, the command that mend
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyumem import runtime
+from pyumem.areafs import FILESYSTEM, mounts
 from pyumem.control import ControlClient
 from pyumem.errors import UmemError
 from pyumem.hello import load_token
@@ -26,6 +29,7 @@ from pyumem.uapi import DEVICE
 
 _QEMU_S: Final = 60
 _LITTLE_MEMORY: Final = 512 << 20
+_UNIT: Final = Path("/usr/lib/systemd/system/umem.socket")
 _SHMEM_ENABLED: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -47,6 +51,26 @@ class Finding:
     fix: str = ""
 
 
+def _user() -> str:
+    """Return the name of the user who asks."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _let_in(node: Path) -> str:
+    """Return what root has to do so that the user who asks may use a device."""
+    status = node.stat()
+    try:
+        group = grp.getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    if not status.st_gid or status.st_mode & 0o060 != 0o060:
+        return f"chgrp kvm {node} && chmod 660 {node}    # as root; for good by 60-umem.rules"
+    return f"usermod -aG {group} {_user()}    # as root; then log in again"
+
+
 def driver() -> Finding:
     """Is the driver there, for this user?"""
     node = Path(DEVICE)
@@ -59,10 +83,7 @@ def driver() -> Finding:
         )
     if not os.access(node, os.R_OK | os.W_OK):
         return Finding(
-            "driver",
-            Level.BAD,
-            f"{DEVICE} cannot be opened by uid {os.geteuid()}",
-            f"setfacl -m u:{os.geteuid()}:rw {DEVICE}    # as root; or run as root",
+            "driver", Level.BAD, f"{DEVICE} cannot be opened by {_user()}", _let_in(node)
         )
     version = Path("/sys/module/umem/version")
     more = f", version {version.read_text().strip()}" if version.exists() else ""
@@ -121,8 +142,7 @@ def kvm() -> Finding:
             "kvm", Level.NOTE, "no /dev/kvm: VMs are emulated", "modprobe kvm_intel kvm_amd"
         )
     if not os.access(node, os.R_OK | os.W_OK):
-        user = os.environ.get("USER", str(os.geteuid()))
-        return Finding("kvm", Level.NOTE, "/dev/kvm cannot be opened", f"usermod -aG kvm {user}")
+        return Finding("kvm", Level.NOTE, f"/dev/kvm cannot be opened by {_user()}", _let_in(node))
     return Finding("kvm", Level.OK, "/dev/kvm can be opened")
 
 
@@ -177,10 +197,55 @@ def serve() -> Finding:
         with ControlClient(runtime.serve_socket(), timeout=5.0) as client:
             answer = client.ask("status")
     except UmemError as e:
-        return Finding(
-            "daemon", Level.NOTE, f"umemctl serve does not run here ({e})", "umemctl serve &"
-        )
+        fix = "umemctl serve &"
+        if _UNIT.exists():
+            fix = "systemctl enable --now umem.socket"
+            if runtime.OF_HOST.exists() and not os.access(runtime.OF_HOST, os.X_OK):
+                fix = f"usermod -aG kvm {_user()}    # as root; then log in again"
+        return Finding("daemon", Level.NOTE, f"umemctl serve does not answer here ({e})", fix)
     return Finding("daemon", Level.OK, f"umemctl serve runs, pid {answer['pid']}")
+
+
+def sockets() -> Finding:
+    """May this user have sockets and records where the daemon looks for them?"""
+    what = "runtime directory"
+    try:
+        where = runtime.runtime_dir()
+        # Whichever of them is there already: what is missing is made in it.
+        there = next(one for one in (where / "vm", where, *where.parents) if one.exists())
+        runtime.make_private(there)
+    except UmemError as e:
+        return Finding(what, Level.BAD, str(e), "export UMEM_RUNTIME_DIR=DIR    # of your own")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        return Finding(
+            what,
+            Level.BAD,
+            f"{there} cannot be written by {_user()}",
+            f"usermod -aG kvm {_user()}    # as root, then log in again; or UMEM_RUNTIME_DIR=DIR",
+        )
+    return Finding(what, Level.OK, f"{where} can be used by {_user()}")
+
+
+def area_files() -> Finding:
+    """Can VMs that come give memory back?"""
+    what = "area files"
+    try:
+        point = runtime.runtime_dir() / "areas"
+    except UmemError as e:
+        return Finding(what, Level.NOTE, str(e), "export UMEM_RUNTIME_DIR=DIR")
+    if point in mounts():
+        return Finding(what, Level.OK, f"{point} has the areas as files")
+    if os.geteuid() == 0:
+        return Finding(what, Level.OK, f"umemctl serve will have the areas as files in {point}")
+    fix = f"mkdir -p {point} && mount -t {FILESYSTEM} {FILESYSTEM} {point}"
+    if _UNIT.exists() and point.parent == runtime.OF_HOST:
+        fix = "systemctl start run-umem-areas.mount"
+    return Finding(
+        what,
+        Level.NOTE,
+        f"no areas as files in {point}: VMs that come cannot give memory back by balloon",
+        f"{fix}    # as root",
+    )
 
 
 def token() -> Finding:
@@ -188,14 +253,15 @@ def token() -> Finding:
     try:
         found = load_token(None)
     except UmemError as e:
-        return Finding("token", Level.BAD, str(e), "chmod 600 /etc/umem/token")
+        fix = "chgrp kvm /etc/umem/token && chmod 640 /etc/umem/token    # as root"
+        return Finding("token", Level.BAD, str(e), fix)
     if not found:
         return Finding(
             "token",
             Level.NOTE,
             "no /etc/umem/token: whoever reaches the port can send a VM",
-            "install -d /etc/umem && (umask 077; openssl rand -hex 32 > /etc/umem/token)"
-            "    # the same file on both hosts",
+            "install -d /etc/umem && (umask 027; openssl rand -hex 32 > /etc/umem/token; "
+            "chgrp kvm /etc/umem/token)    # as root, the same file on both hosts",
         )
     return Finding("token", Level.OK, "/etc/umem/token is there")
 
@@ -223,7 +289,8 @@ def all_checks(binary: str) -> Iterator[Finding]:
     yield driver()
     yield qemu(binary)
     checks: tuple[Callable[[], Finding], ...] = (
-        *(kvm, huge_pages, memory, ram_files, tls, token, serve),
+        *(kvm, huge_pages, memory, ram_files),
+        *(sockets, area_files, tls, token, serve),
     )
     for check in checks:
         yield check()

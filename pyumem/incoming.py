@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 import time
 from collections.abc import Coroutine, Iterable
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 _QEMU_START_S: Final = 120.0
 _ORPHAN_S: Final = 20.0
 """Seconds that a QEMU without its launcher gets to answer, so that it can be ended."""
+_USABLE_S: Final = 5.0
 _READY_S: Final = WELCOME_S / 2
 _END_PATIENCE_S: Final = 1.0
 _POLL_PAUSED_S: Final = 1.0
@@ -399,12 +401,21 @@ class IncomingVm:
                 log.info("%s: its launcher is gone before its QEMU started", self.name)
                 return False
             await self._qemu.require_capabilities(DESTINATION_CAPABILITIES)
-            self._qemu.identify({area.name: area.shmem_fd for area in self._areas})
+            if self._qemu.foreign:
+                log.info(
+                    "%s: QEMU (pid %d) is another user's: should its VM not come, it is for "
+                    "umem-qemu alone to end it",
+                    *(self.name, self._qemu.pid),
+                )
+            else:
+                self._qemu.identify({area.name: area.shmem_fd for area in self._areas})
             if self._launcher and self._launcher.gone.is_set():
                 log.warning("%s: its launcher is gone; ending its QEMU", self.name)
                 return False
             await self._qemu.set_capabilities(dict.fromkeys(DESTINATION_CAPABILITIES, True))
             await self._qemu.execute("migrate-incoming", uri=f"unix:{self.request.incoming}")
+            if self._qemu.foreign:
+                await self._until_usable(self.request.incoming)
         except UmemError as e:
             self._problem = f"cannot use its QEMU: {e}"
             log.error("%s: %s", self.name, self._problem)
@@ -423,6 +434,14 @@ class IncomingVm:
         if not self._ours and not qemu.gone.is_set():
             log.error("%s: its QEMU (pid %d) closed its QMP socket", self.name, qemu.pid)
             await self._end_qemu(qemu)
+
+    async def _until_usable(self, path: Path) -> None:
+        """Wait until the launcher has let us connect to a socket of its QEMU.  Raises QemuError."""
+        deadline = time.monotonic() + _USABLE_S
+        while not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+            if time.monotonic() > deadline:
+                raise QemuError(f"{path} cannot be used by uid {os.geteuid()}")
+            await asyncio.sleep(_END_PATIENCE_S / 50)
 
     async def _find_qemu(self) -> None:
         """Wait for QEMU, or until its launcher is gone without having started it.

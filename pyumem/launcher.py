@@ -35,7 +35,8 @@ from pyumem.qemu_cmdline import Wish, parse, rewrite
 from pyumem.uapi import DEVICE, PAGE_SIZE
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_SERVE_ANSWER_S: Final = 30.0
+_SERVE_ANSWER_S: Final = 120.0
+"""It may have to be started first: the socket is there before the daemon."""
 _DECISION_S: Final = 60.0
 """Seconds after QEMU's end in which a migration that has not committed has to give up."""
 _LOOK_S: Final = 0.05
@@ -235,13 +236,19 @@ def _ask_serve(wish: Wish, name: str) -> tuple[ControlClient, dict[str, str]]:
 def _has_arrived(name: str) -> bool:
     """Tell whether a daemon that is gone had taken the VM before it could tell us so."""
     # Not at the top: it is needed when a daemon dies, and importing it costs a start its time.
-    from pyumem.incoming_record import left_behind
+    from pyumem.incoming_record import directory, left_behind
 
+    where = directory()
+    if where.exists() and not os.access(where, os.R_OK | os.X_OK):
+        return True  # nobody knows that it had not, and a guest may run
     return any(record.name == name and record.ours for record in left_behind())
 
 
-def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient, name: str) -> str:
-    """Wait until the VM has arrived, or QEMU has ended.
+def _until_arrival(
+    process: subprocess.Popen[bytes], serve: ControlClient, name: str, sockets: set[Path]
+) -> str:
+    """Wait until the VM has arrived, or QEMU has ended; let the daemon connect to sockets as they
+    appear.
 
     Without `umemctl serve` there will be no VM: QEMU would wait for ever, and is ended.  Returns
     why, empty if it was not, also when a signal of somebody else ended QEMU and serve only saw that
@@ -252,7 +259,9 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient, name:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.register(serve, select.POLLIN)
-        if pidfd in (fd for fd, _ in poll.poll()):
+        while not (ready := poll.poll(1000 * _LOOK_S if sockets else None)):
+            sockets = {one for one in sockets if not runtime.let_daemon_connect(one)}
+        if pidfd in (fd for fd, _ in ready):
             return ""
     finally:
         os.close(pidfd)
@@ -277,13 +286,18 @@ def _until_arrival(process: subprocess.Popen[bytes], serve: ControlClient, name:
 
 
 def _run_qemu(
-    argv: Sequence[str], signals: Signals, keep: int, serve: ControlClient | None, name: str
+    argv: Sequence[str],
+    signals: Signals,
+    keep: int,
+    serve: ControlClient | None,
+    name: str,
+    sockets: set[Path],
 ) -> int:
     """Run QEMU with this terminal and return its exit status, or 1 if its VM did not arrive.
 
-    serve is the connection to the daemon that a VM is expected through.  QEMU inherits the
-    descriptor `keep`, the lock on the VM's name: should this launcher be killed, the name stays
-    taken while QEMU lives.
+    serve is the connection to the daemon that a VM is expected through, sockets are those of QEMU's
+    that the daemon, another user, has to reach.  QEMU inherits the descriptor `keep`, the lock on
+    the VM's name: should this launcher be killed, the name stays taken while QEMU lives.
     """
     if signals.first:
         return 128 + signals.first
@@ -293,7 +307,7 @@ def _run_qemu(
         say(f"{argv[0]}: {e.strerror}")
         return 127 if isinstance(e, FileNotFoundError) else 126
     signals.pass_to(process)
-    why = _until_arrival(process, serve, name) if serve else ""
+    why = _until_arrival(process, serve, name, sockets) if serve else ""
     status = process.wait()
     if why:
         say(f"the VM did not arrive, its QEMU was ended: {why}")
@@ -314,7 +328,10 @@ def _launch(wish: Wish, signals: Signals) -> int:
         # Not before the lock is ours: whoever had it removes this directory at its end.
         directory = runtime.make_private(runtime.vm_dir(name))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        sockets: set[Path] = set()
         if wish.postcopy_from:
+            if runtime.let_daemon_in(directory):
+                sockets = {runtime.qmp_socket(name), runtime.incoming_socket(name)}
             serve, paths = _ask_serve(wish, name)
             # Open as long as QEMU runs: each side sees the other's end.
             stack.callback(serve.close)
@@ -328,7 +345,7 @@ def _launch(wish: Wish, signals: Signals) -> int:
             paths = ram.paths
             say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
         argv = rewrite(wish, name=name, paths=paths, qmp_path=str(runtime.qmp_socket(name)))
-        status = _run_qemu(argv, signals, lock.fileno(), serve, name)
+        status = _run_qemu(argv, signals, lock.fileno(), serve, name, sockets)
         moved = ram.moved if ram else runtime.has_left(name)
         if status == 128 + signal.SIGKILL and moved:
             say(f"VM {name} has moved to another host")

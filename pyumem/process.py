@@ -61,7 +61,10 @@ class ProcessName:
         return True
 
     async def kill(self, seconds: float) -> bool:
-        """End it without asking and wait so long for its end.  Tells whether it is gone."""
+        """End it without asking and wait so long for its end.  Tells whether it is gone.
+
+        Another user's process is only waited for.
+        """
         fd = self.open()
         if fd is None:
             return True
@@ -69,7 +72,8 @@ class ProcessName:
         loop = asyncio.get_running_loop()
         loop.add_reader(fd, ended.set)
         try:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            with contextlib.suppress(PermissionError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
             async with asyncio.timeout(seconds):
                 await ended.wait()
         except TimeoutError:

@@ -74,8 +74,12 @@ class RamBlock:
 class Qemu:
     """One QEMU process behind its QMP socket."""
 
-    def __init__(self, client: QMPClient, path: Path, pid: int, pidfd: int) -> None:
+    def __init__(
+        self, client: QMPClient, path: Path, pid: int, pidfd: int, *, foreign: bool = False
+    ) -> None:
         """Use connect()."""
+        self.foreign: Final = foreign
+        """It is another user's: it can be spoken to, and neither looked into nor signalled."""
         self._client = client
         self.path: Final = path
         self.pid: Final = pid
@@ -118,10 +122,11 @@ class Qemu:
                 await asyncio.get_running_loop().sock_connect(sock, str(path))
                 # Of a listening socket the kernel tells who called listen().
                 raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                pid = struct.unpack("3i", raw)[0]
+                pid, uid, _ = struct.unpack("3i", raw)
                 pidfd = os.pidfd_open(pid)
                 stack.callback(os.close, pidfd)
-                qemu = cls(client, path, pid, pidfd)
+                foreign = os.geteuid() not in (0, uid)
+                qemu = cls(client, path, pid, pidfd, foreign=foreign)
                 client.register_listener(qemu._listener)
                 async with asyncio.timeout(_GREETING_S):
                     await client.connect(sock)

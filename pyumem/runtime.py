@@ -12,21 +12,27 @@ import os
 import stat
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from pyumem.errors import ControlError, UmemError, UsageError, of_system
 from pyumem.hello import valid_name
 
+OF_HOST: Final = Path("/run/umem")
+"""The runtime directory of root, and of all who run VMs where the host was set up for that
+(systemd/umem.tmpfiles.conf).
+"""
+
 
 def runtime_dir() -> Path:
-    """Return $UMEM_RUNTIME_DIR, else /run/umem for root, else $XDG_RUNTIME_DIR/umem.
+    """Return $UMEM_RUNTIME_DIR, else /run/umem for root and for those who may have VMs there, else
+    $XDG_RUNTIME_DIR/umem.
 
     Raises UsageError when none of them is known.
     """
     if path := os.environ.get("UMEM_RUNTIME_DIR"):
         return Path(path).absolute()
-    if os.geteuid() == 0:
-        return Path("/run/umem")
+    if os.geteuid() == 0 or os.access(OF_HOST / "vm", os.W_OK | os.X_OK, effective_ids=True):
+        return OF_HOST
     if path := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(path) / "umem"
     raise UsageError("set UMEM_RUNTIME_DIR or XDG_RUNTIME_DIR: sockets need a directory")
@@ -79,6 +85,35 @@ def make_private(path: Path) -> Path:
         if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
             raise UsageError(f"{one} can be written by others: refusing to use {path}")
     return path
+
+
+def let_daemon_in(path: Path) -> bool:
+    """Let the daemon of the host into a VM's directory, if it is another user than we are.
+
+    The directory's default ACL, inherited from the one that it is in, names that user; the mode
+    that make_private() asked for masks it, and as "group" it is allowed in.  Nothing happens, and
+    False is returned, where there is no such ACL.  Raises UmemError.
+    """
+    try:
+        os.getxattr(path, "system.posix_acl_default")
+    except OSError:
+        return False  # ENODATA, or a file system without ACLs
+    try:
+        path.chmod(0o750)
+    except OSError as e:
+        raise of_system(e) from e
+    return True
+
+
+def let_daemon_connect(path: Path) -> bool:
+    """Let it connect to a socket in there, which QEMU's umask forbids: the kernel applies that to
+    sockets in spite of the ACL.  Tells whether the socket was there.
+    """
+    try:
+        path.chmod(0o770)
+    except OSError:
+        return False
+    return True
 
 
 def check_name(name: str) -> str:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import grp
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import pyumem
-from pyumem import checks
+from pyumem import checks, runtime
 from pyumem.cli import status
 from pyumem.cli.display import show_report
 from pyumem.cli.main import COMMANDS, main
@@ -168,6 +171,52 @@ def test_check_asks_qemu(tmp_path: Path) -> None:
         assert finding.level is level and "7.2.1" in finding.text
     qemu.write_text("#!/bin/sh\nexit 1\n")
     assert "does not answer on QMP" in checks.qemu(str(qemu)).text
+
+
+@pytest.mark.parametrize(
+    ("gid", "mode", "fix"),
+    [
+        (0, 0o660, "chgrp kvm /dev/umem && chmod 660 /dev/umem"),
+        (grp.getgrall()[-1].gr_gid, 0o600, "chgrp kvm"),
+        (grp.getgrall()[-1].gr_gid, 0o660, f"usermod -aG {grp.getgrall()[-1].gr_name} "),
+        (4711, 0o660, "usermod -aG 4711 "),
+    ],
+)
+def test_check_names_the_group_of_a_device(
+    gid: int, mode: int, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = os.stat_result((stat.S_IFCHR | mode, 0, 0, 1, 0, gid, 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "stat", lambda _path: status)
+    assert checks._let_in(Path("/dev/umem")).startswith(fix)
+
+
+def test_check_looks_at_the_runtime_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path / "run"))
+    assert checks.sockets().level is checks.Level.OK
+    assert not (tmp_path / "run").exists(), "looked at, not made"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    finding = checks.sockets()
+    assert finding.level is checks.Level.BAD and "can be written by others" in finding.text
+    monkeypatch.delenv("UMEM_RUNTIME_DIR")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    monkeypatch.setattr(runtime, "OF_HOST", tmp_path / "none")
+    assert checks.sockets().level is checks.Level.BAD
+    assert checks.area_files().level is checks.Level.NOTE
+
+
+def test_check_names_the_mount_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    point = tmp_path / "areas"
+    assert f"mount -t umem umem {point}" in checks.area_files().fix
+    monkeypatch.setattr(checks, "mounts", lambda: {point: 1})
+    assert checks.area_files().level is checks.Level.OK
 
 
 # --- text of a peer ---

@@ -459,3 +459,15 @@ def test_serve_may_see_first_that_qemu_is_dying(host: Host) -> None:
     serve.close()
     assert process.returncode == 128 + signal.SIGKILL
     assert "did not arrive" not in err
+
+
+def test_records_that_cannot_be_read_end_no_qemu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon died, its records are not for this user: the VM may have arrived."""
+    monkeypatch.setenv("UMEM_RUNTIME_DIR", str(tmp_path))
+    assert not launcher._has_arrived("vm1")
+    (tmp_path / "incoming").mkdir()
+    assert not launcher._has_arrived("vm1")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert launcher._has_arrived("vm1")

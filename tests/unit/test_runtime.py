@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ def test_directories(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.runtime_dir() == Path("/run/umem")
     assert runtime.ram_dir() == Path("/dev/shm/umem")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(runtime, "OF_HOST", Path("/nowhere"))
     with pytest.raises(UsageError, match="XDG_RUNTIME_DIR"):
         runtime.runtime_dir()
     assert runtime.ram_dir() == Path("/dev/shm/umem-1000")
@@ -86,3 +90,46 @@ def test_a_vm_has_left_unless_its_record_says_that_it_has_not(
     if record is not None:
         runtime.commit_record("vm1").write_text(record)
     assert runtime.has_left("vm1") is left
+
+
+# --- the runtime directory of a host ---
+
+
+def acl(*entries: tuple[int, int, int]) -> bytes:
+    """acl(5) as the kernel takes it: tag, permissions, uid of each entry."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+USER_OBJ, USER, GROUP_OBJ, MASK, OTHER, NOBODY = 1, 2, 4, 16, 32, 0xFFFFFFFF
+
+
+def test_only_the_daemon_is_let_in(tmp_path: Path) -> None:
+    plain = runtime.make_private(tmp_path / "plain")
+    assert not runtime.let_daemon_in(plain)
+    assert stat.S_IMODE(plain.stat().st_mode) == 0o700
+    entries = ((USER_OBJ, 7, NOBODY), (USER, 7, 4711), (GROUP_OBJ, 0, NOBODY))
+    default = acl(*entries, (MASK, 7, NOBODY), (OTHER, 0, NOBODY))
+    (tmp_path / "vm").mkdir()
+    os.setxattr(tmp_path / "vm", "system.posix_acl_default", default)
+    own = runtime.make_private(tmp_path / "vm" / "vm1")
+    assert runtime.let_daemon_in(own)
+    allowed = os.getxattr(own, "system.posix_acl_access")
+    assert allowed == acl(*entries, (MASK, 5, NOBODY), (OTHER, 0, NOBODY))
+    assert not runtime.let_daemon_connect(own / "qmp.sock")
+    with socket.socket(socket.AF_UNIX) as qmp:
+        qmp.bind(str(own / "qmp.sock"))
+        assert runtime.let_daemon_connect(own / "qmp.sock")
+        allowed = os.getxattr(own / "qmp.sock", "system.posix_acl_access")
+        assert allowed == acl(*entries, (MASK, 7, NOBODY), (OTHER, 0, NOBODY))
+
+
+def test_the_runtime_directory_of_who_may_have_vms_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UMEM_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "own"))
+    monkeypatch.setattr(runtime, "OF_HOST", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert runtime.runtime_dir() == tmp_path / "own" / "umem"
+    (tmp_path / "vm").mkdir()
+    assert runtime.runtime_dir() == tmp_path
