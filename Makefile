@@ -173,9 +173,18 @@ lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(STAMPS)/packaging $(KERNELS:%=$(STAM
 docs: $(STAMPS)/venv ## render Documentation/ into build/docs
 	@scripts/check-docs.sh
 
+.PHONY: man
+man: $(STAMPS)/venv ## write the man pages into build/man
+	@$(PY) scripts/make_man.py build/man
+
+# Asks for no more than the environment in PREFIX: a host that stays is no place to build.
+.PHONY: install
+install: ## units, user, udev rules, man pages, completion of a host that stays (DESTDIR= PREFIX=/opt/umem)
+	@scripts/install-host.sh
+
 .PHONY: clean
 clean: ## remove what was built here; keeps what was downloaded and unpacked
-	@rm -rf build/kmod build/lint build/vm build/test build/bench $(STAMPS)/vm-image
+	@rm -rf build/kmod build/lint build/vm build/test build/bench build/man $(STAMPS)/vm-image
 	@find pyumem tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean

@@ -1,9 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# check-packaging.sh dkms LINE | rules | modinfo: one check of what is in
-# kmod/dkms.conf and kmod/packaging/.  Nothing of the machine is changed: dkms works
-# on trees of its own under build/dkms/, and does not get as far as installing.
+# check-packaging.sh dkms LINE | rules | modinfo | man | units: one check of what is in
+# kmod/dkms.conf, kmod/packaging/ and systemd/, and of what make install makes of it.
+# Nothing of the machine is changed: dkms works on trees of its own under build/dkms/, and
+# does not get as far as installing; make install works under build/lint/.
 
 . "$(dirname "$0")/lib.sh"
 
@@ -84,6 +85,54 @@ check_modinfo() {
 		die "the parameters of the module and of umem.modprobe.conf differ"
 }
 
-what=${1:?usage: check-packaging.sh dkms LINE|rules|modinfo}
+# Each page is made without a warning, and read without one.
+check_man() {
+	local page said
+	rm -rf "$BUILD/man"
+	.venv/bin/python scripts/make_man.py "$BUILD/man"
+	for page in "$BUILD"/man/*.1; do
+		said=$(groff -ww -man -Tutf8 -rLL=80n -z "$page" 2>&1)
+		[ -z "$said" ] || die "$page: $said"
+	done
+	[ -s "$BUILD/man/umem-qemu.1" ] || die "no umem-qemu.1"
+}
+
+# What make install puts down is what systemd takes.
+check_units() {
+	local root=$BUILD/lint/install units said unit exec
+	rm -rf "$root"
+	# A path where umemctl is, so that its being there is verified too.
+	DESTDIR=$root PREFIX=$ROOT/.venv scripts/install-host.sh
+	units=$root/usr/lib/systemd/system
+	for unit in umem.service umem.socket run-umem-areas.mount; do
+		said=$(systemd-analyze verify --man=no "$units/$unit" 2>&1) || die "$unit: $said"
+		[ -z "$said" ] || die "$unit: $said"
+	done
+	# A check that finds nothing wrong with anything would be none.
+	sed 's/^WatchdogSec=/WatchdogSecs=/' "$units/umem.service" >"$root/umem.service"
+	said=$(systemd-analyze verify --man=no "$root/umem.service" 2>&1) || true
+	[[ $said == *WatchdogSecs* ]] || die "systemd-analyze does not see a wrong key: $said"
+	# Of ten; what is left is what it needs: network, devices, other users' processes.
+	systemd-analyze security --offline=yes --threshold=19 --no-pager "$units/umem.service" ||
+		die "umem.service is less confined than it was"
+	exec=$(sed -n 's/^ExecStart=\([^ ]*\) .*/\1/p' "$units/umem.service")
+	[ -x "$exec" ] || die "umem.service starts $exec"
+
+	mkdir -p "$root/etc"
+	printf 'root:x:0:0::/root:/bin/sh\n' >"$root/etc/passwd"
+	printf 'root:x:0:\n' >"$root/etc/group"
+	said=$(systemd-sysusers --root="$root" 2>&1) || die "systemd-sysusers: $said"
+	grep -q '^kvm:.*:umem$' "$root/etc/group" || die "umem is not in kvm: $said"
+	# Its ACL names a user whom this machine need not have.
+	sed -e '/^a /d' -e 's/ umem / root /' -e 's/ kvm$/ root/' \
+		"$root/usr/lib/tmpfiles.d/umem.conf" >"$root/tmpfiles.conf"
+	said=$(systemd-tmpfiles --create --root="$root" "$root/tmpfiles.conf" 2>&1) ||
+		die "systemd-tmpfiles: $said"
+	[ -z "$said" ] || die "systemd-tmpfiles: $said"
+	[ "$(stat -c %a "$root/run/umem/vm")" = 1770 ] || die "/run/umem/vm has another mode"
+	bash -n "$root/usr/share/bash-completion/completions/umemctl"
+}
+
+what=${1:?usage: check-packaging.sh dkms LINE|rules|modinfo|man|units}
 shift
 "check_$what" "$@"

@@ -75,7 +75,7 @@ spdx() {
 			status=1
 		fi
 	done < <(tracked '*.py' '*.sh' '*.c' '*.h' '*/Kbuild' Makefile pyproject.toml \
-		kmod/dkms.conf 'kmod/packaging/*')
+		kmod/dkms.conf 'kmod/packaging/*' 'systemd/*')
 	return "$status"
 }
 
@@ -133,6 +133,8 @@ lint_packaging() {
 	done
 	check "udev rules" scripts/check-packaging.sh rules
 	check "modinfo" scripts/check-packaging.sh modinfo
+	check "man pages" scripts/check-packaging.sh man
+	check "installed files, systemd units" scripts/check-packaging.sh units
 }
 
 for part in "${@:-python shell kernel packaging}"; do

@@ -15,7 +15,7 @@ packages=(
 	qemu-system-x86 qemu-utils busybox-static cpio kmod udev iproute2 iputils-ping procps
 	e2fsprogs util-linux openssl lz4 zstd xz-utils
 	# lint
-	sparse shellcheck perl
+	sparse shellcheck perl systemd groff-base
 )
 
 with_lock apt
