@@ -67,6 +67,7 @@ def installed() -> Iterator[None]:
 
 
 @pytest.mark.one_kernel
+@pytest.mark.timeout(600)
 def test_a_guest_comes_to_a_daemon_without_privileges(tmp_path: Path) -> None:
     spec = replace(SPEC, workload="idle")
     with contextlib.ExitStack() as stack:
