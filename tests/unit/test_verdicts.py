@@ -116,7 +116,7 @@ def test_a_port_is_listened_on_again_when_the_vm_that_had_it_is_not_expected_any
     """Both sides of who asks wait for that word: it must not depend on who uses the port."""
     del runtime_dir
 
-    def no(_name: str, _size: int) -> Area:
+    def no(*_wanted: object, **_options: object) -> Area:
         raise DriverError("create", errno.ENOMEM)
 
     monkeypatch.setattr(Area, "create", no)
