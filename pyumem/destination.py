@@ -29,8 +29,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from pyumem import wire
+from pyumem import latency, wire
 from pyumem.area import Area
+from pyumem.arrival import ArrivalReport, DriverCounts, bytes_by_lane, latencies, prefetched
 from pyumem.claims import Slots
 from pyumem.compression import accept, directory
 from pyumem.errors import LinkError, ProtocolError, QemuError, RefusedError, UmemError
@@ -111,18 +112,20 @@ class Migration:
         self._target = target
         self._resumed = resumed
         self.recoveries: int = before.recoveries if before else 0
-        self._past = {lane: before._totals(lane) if before else Totals() for lane in Lane}
+        self._past = before.by_lane() if before else {}
         self.hello: Final = hello
         self.lanes: Final = lanes
         self._link = link
         self.state = State.POSTCOPY_RECOVER if resumed else State.SETUP
         self.reason = ""
-        self._started = time.monotonic()
+        self._started: float = before._started if before else time.monotonic()
+        self._committed_at: float | None = before._committed_at if before else None
+        self._resident_at: float | None = None
         self._arrivals = Arrivals.create(Slots([area.npages for area in target.areas]))
         self._lanes: dict[tuple[Lane, int], Worker | None] = {}
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stream: socket.socket | None = None
-        self._device_bytes = 0
+        self._device_bytes: int = before._device_bytes if before else 0
         self._loading = resumed
         self.prepared = resumed
         """PREPARED was said, or was about to be."""
@@ -154,9 +157,17 @@ class Migration:
         """Return the source's address."""
         return self._link.peer
 
+    def by_lane(self) -> dict[str, Totals]:
+        """Return what came on each lane, in all its lives that this process has seen."""
+        found = dict(self._past)
+        for (lane, index), worker in self._lanes.items():
+            if worker:
+                name = f"{lane.value}-{index}"
+                found[name] = found.get(name, Totals()) + worker.totals()
+        return found
+
     def _totals(self, lane: Lane) -> Totals:
-        now = totals_of(w.totals() for (kind, _), w in self._lanes.items() if w and kind is lane)
-        return self._past[lane] + now
+        return totals_of(t for name, t in self.by_lane().items() if name.startswith(lane))
 
     def progress(self) -> Progress:
         """Return how far it is."""
@@ -184,11 +195,48 @@ class Migration:
             "recoveries": self.recoveries,
             **self.progress().to_json(),
             **arrival_report(urgent, background),
+            **DriverCounts.of(self._target.areas).to_json(),
+            "demand_latency_histogram": latency.to_json(urgent + background),
+            "bytes_received_by_lane": self._bytes_by_lane(),
             "workers": [
                 {"lane": f"{lane.value}-{index}", "pid": worker.pid if worker else 0}
                 for (lane, index), worker in self._lanes.items()
             ],
         }
+
+    def _bytes_by_lane(self) -> dict[str, int]:
+        return {"control": self._device_bytes} | bytes_by_lane(self.by_lane())
+
+    def report(self) -> ArrivalReport:
+        """Return what there is to tell, before free()."""
+        progress, lanes = self.progress(), self.by_lane()
+        to_resident = None
+        if self._committed_at is not None and self._resident_at is not None:
+            to_resident = round(self._resident_at - self._committed_at, 3)
+        return ArrivalReport(
+            vm=self._target.name,
+            source_vm=self.hello.vm,
+            peer=self.peer,
+            session=self.hello.session,
+            state=self.state,
+            error=self.reason,
+            guest_ended=self.guest_ended,
+            total_s=progress.elapsed_s,
+            time_to_resident_s=to_resident,
+            ram_bytes=sum(area.size for area in self._target.areas),
+            pages_total=progress.pages_total,
+            pages_demand=progress.pages_demand,
+            pages_background=progress.pages_background,
+            pages_zero=progress.pages_zero,
+            pages_prefetched=prefetched(self._totals(Lane.URGENT)),
+            pages_uncounted=progress.pages_uncounted,
+            requests=self._totals(Lane.URGENT).requests,
+            memory_waits=latencies(lanes).memory_waits,
+            driver=DriverCounts.of(self._target.areas),
+            latencies=latencies(lanes),
+            bytes_received_by_lane=self._bytes_by_lane(),
+            recoveries=self.recoveries,
+        )
 
     # --- lanes ---
 
@@ -356,6 +404,7 @@ class Migration:
         """In postcopy-paused: look whether what was still in the lanes has made it complete."""
         if all(area.info().complete for area in self._target.areas):
             self.state = State.COMPLETED
+            self._resident_at = time.monotonic()
             self.unconfirmed = True
             return True
         return False
@@ -500,6 +549,7 @@ class Migration:
         run = flag(message, "run") and self._target.autostart
         self._target.on_phase(Phase.COMMITTED_RUN if run else Phase.COMMITTED)
         self.state = State.POSTCOPY_ACTIVE
+        self._committed_at = time.monotonic()
         # Beside the control lane: QEMU's main loop may wait for a page, and signs of life go on.
         self._spawn(self._beat(), "heartbeat")
         self._spawn(self._start(run), "start")
@@ -539,6 +589,7 @@ class Migration:
             for area in self._target.areas:
                 while not area.info().complete:
                     await asyncio.sleep(_POLL_S)
+            self._resident_at = time.monotonic()
             await self._tell_complete({})
         except UmemError as e:
             self._break(e)
@@ -546,6 +597,7 @@ class Migration:
     async def _tell_complete(self, more: dict[str, Any]) -> None:
         self._complete = True
         report = arrival_report(self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND))
+        report |= DriverCounts.of(self._target.areas).to_json()
         try:
             await self._link.send_json(Kind.COMPLETE, {**report, **more})
             await asyncio.sleep(_BYE_S)  # ended by the control lane's BYE

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pyumem import reports
 from pyumem.address import Address, listen, name_of, parse
 from pyumem.area import HOST_PAGE, Area, Granule
 from pyumem.control import Asker
@@ -556,6 +557,7 @@ class IncomingVm:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._close_sockets)
             stack.callback(self._release_files)
+            stack.callback(self._keep_report)
             if self._qemu:
                 stack.push_async_callback(self._qemu.close)
                 if not self._ours:
@@ -564,6 +566,11 @@ class IncomingVm:
             if self.migration:
                 stack.push_async_callback(self.migration.close)
         log.info("%s: released (%s)", self.name, self.state)
+
+    def _keep_report(self) -> None:
+        """Leave word of how it went: the workers have ended, the areas are open still."""
+        if self.migration:
+            reports.keep(reports.Side.DESTINATION, self.migration.report().to_json())
 
     def _pass_judgement(self) -> None:
         """Leave word for a source that does not know how it ended, and a record for the next daemon

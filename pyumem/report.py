@@ -8,7 +8,7 @@ Every number that leaves the program has its unit in its name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -106,6 +106,12 @@ class Report:
     """Latencies are the destination's: from reading the request off the driver to the mark."""
     demand_latency_p99_us: float | None = None
     demand_latency_max_us: float | None = None
+    faults_major: int = 0
+    """The destination's driver's: faults that slept for a missing page."""
+    faults_duplicate: int = 0
+    """Those whose page another fault had asked for already."""
+    blocked_ms: float | None = None
+    """How long all of them slept, together."""
     bytes_sent_by_lane: dict[str, int] = field(default_factory=dict)
     bytes_before_compression: int = 0
     """Of pages_background: content that went compressed."""
@@ -124,6 +130,15 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {**asdict(self), "bytes_sent": self.bytes_sent}
+
+
+def report_of(told: Mapping[str, Any]) -> Report:
+    """Return the report that to_json() made this of, as far as this version knows its fields.
+
+    Raises ValueError, TypeError.
+    """
+    known = {each.name: told[each.name] for each in fields(Report) if each.name in told}
+    return Report(**{**known, "state": State(told.get("state", ""))})
 
 
 def totals_of(blocks: Iterable[Totals]) -> Totals:
@@ -149,7 +164,13 @@ def arrival_report(urgent: Totals, background: Totals) -> dict[str, Any]:
 
 
 _MAX_INT = 1 << 63
-_ARRIVED = ("demand_latency_p50_us", "demand_latency_p99_us", "demand_latency_max_us")
+_ARRIVED = (
+    "demand_latency_p50_us",
+    "demand_latency_p99_us",
+    "demand_latency_max_us",
+    "blocked_ms",
+)
+_ARRIVED_COUNTS = ("requests", "faults_major", "faults_duplicate")
 
 
 def take_arrival(report: Report, told: Mapping[str, Any]) -> None:
@@ -158,9 +179,10 @@ def take_arrival(report: Report, told: Mapping[str, Any]) -> None:
         value = told.get(name)
         if isinstance(value, float) or (type(value) is int and abs(value) < _MAX_INT):
             setattr(report, name, float(value))
-    requests = told.get("requests")
-    if isinstance(requests, int) and requests >= 0:
-        report.requests = requests
+    for name in _ARRIVED_COUNTS:
+        count = told.get(name)
+        if type(count) is int and 0 <= count < _MAX_INT:
+            setattr(report, name, count)
     ended = told.get("guest_ended")
     if isinstance(ended, str):
         report.guest_ended = ended[:256]

@@ -173,6 +173,11 @@ def has_left(name: str) -> bool:
     return not isinstance(record, dict) or record.get("committed") is not False
 
 
+def reports_dir() -> Path:
+    """Return the directory of reports of migrations that are over: see pyumem.reports."""
+    return runtime_dir() / "reports"
+
+
 class LockFile:
     """An exclusive flock on a file of its own: who holds it is alive.  A context manager."""
 

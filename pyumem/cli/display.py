@@ -130,7 +130,13 @@ def make_display() -> Display:
     return BarDisplay()
 
 
-def _number(value: float | None, unit: str, digits: int = 1) -> str:
+def faults_text(faults: int, blocked_ms: float | None) -> str:
+    """Return how often the guest waited for memory, and for how long."""
+    return "-" if blocked_ms is None else f"{faults}, {blocked_ms:.0f} ms together"
+
+
+def number(value: float | None, unit: str, digits: int = 1) -> str:
+    """Return a number with its unit; of an unknown one a dash."""
     return "-" if value is None else f"{value:.{digits}f} {unit}"
 
 
@@ -149,9 +155,9 @@ def show_report(report: Report) -> None:
     row("VM", f"{report.vm} to {report.destination}")
     row("result", report.state.value)
     row("RAM", f"{size(report.ram_bytes)}, {report.pages_total} pages of {PAGE_SIZE} bytes")
-    row("downtime", _number(report.downtime_ms, "ms"))
-    row("time to fully resident", _number(report.time_to_resident_s, "s", 2))
-    row("total time", _number(report.total_s, "s", 2))
+    row("downtime", number(report.downtime_ms, "ms"))
+    row("time to fully resident", number(report.time_to_resident_s, "s", 2))
+    row("total time", number(report.total_s, "s", 2))
     row("pages on demand", report.pages_demand)
     if report.pages_prefetched:
         row("of them and of zero pages prefetched", report.pages_prefetched)
@@ -162,13 +168,18 @@ def show_report(report: Report) -> None:
         report.demand_latency_p99_us,
         report.demand_latency_max_us,
     )
-    row("demand latency p50/p99/max", " / ".join(_number(one, "us", 0) for one in latency))
+    row("demand latency p50/p99/max", " / ".join(number(one, "us", 0) for one in latency))
     row("bytes sent", f"{size(report.bytes_sent)} (device state {size(report.device_state_bytes)})")
     if report.bytes_before_compression:
         before, after = report.bytes_before_compression, report.bytes_after_compression
         row("of them compressed", f"{size(after)}, from {size(before)} ({share(after, before)})")
+    row("faults that waited", faults_text(report.faults_major, report.blocked_ms))
+    if report.recoveries:
+        row("taken up again", report.recoveries)
     if report.committed_at:
         row("committed at", report.committed_at)
     if report.guest_ended:
         row("the VM ended", report.guest_ended)
+    if report.error:
+        row("error", report.error)
     Console().print(table)

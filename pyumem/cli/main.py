@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "list": "list the driver's areas",
     "migrate": "send a VM to another host",
     "recover": "have a migration connect anew, perhaps to another address",
+    "report": "show how migrations from and to this host went",
     "serve": "receive VMs (daemon)",
     "status": "show VMs that are expected and migrations that run",
 }

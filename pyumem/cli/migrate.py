@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from pyumem import runtime
+from pyumem import reports, runtime
 from pyumem.address import parse
 from pyumem.cli.common import (
     bandwidth,
@@ -227,6 +227,8 @@ async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report
             for task in (shown, told):
                 task.cancel()
             await asyncio.gather(shown, told, return_exceptions=True)
+            if migration.vm:  # else it has not even found one
+                reports.keep(reports.Side.SOURCE, migration.report.to_json())
     return status, migration.report
 
 

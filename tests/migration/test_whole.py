@@ -26,11 +26,36 @@ def check_after(world: World, migrate_said: dict[str, object], pages: int) -> No
     assert not Path("/dev/shm/umem-src/vm1").exists(), "the RAM file is gone"
     assert not list((world.source.runtime / "migrate").glob("*.json"))
     eventually(lambda: world.vm() == {}, why="serve still has the VM")
+    check_reports(world, told)
     history = world.serve_status()["history"]
     assert history[-1]["state"] == "completed"
     (area,) = world.areas()
     # Plain shared memory by now: the driver does not answer for QEMU's mapping any more.
     assert area.complete and not area.served and not area.mapped
+
+
+def check_reports(world: World, told: dict[str, object]) -> None:
+    """Both sides left a report, and what they counted is the same."""
+    kept = []
+    for runtime, side in ((world.source.runtime, "source"), (world.destination.runtime, "desti")):
+        *_, path = sorted((runtime / "reports").glob(f"*-{side}*-vm1.json"))
+        kept.append(json.loads(path.read_text()))
+    source, destination = kept
+    assert {key: source[key] for key in told} == told
+    assert destination["state"] == "completed" and destination["session"] == told["session"]
+    for name in ("pages_total", "pages_demand", "pages_background", "pages_zero", "requests"):
+        assert source[name] == destination[name], name
+    sent = source["bytes_sent_by_lane"]
+    received = destination["bytes_received_by_lane"]
+    assert received.keys() == sent.keys() and received["control"] == sent["control"] > 0
+    for lane in received.keys() - {"control"}:
+        assert received[lane] == sent[lane], lane
+    asked = sum(one["requests"] for one in destination["demand_latency_histogram"])
+    assert 0 < asked <= destination["requests"]
+    assert source["demand_latency_p50_us"] <= source["demand_latency_p99_us"]
+    assert destination["faults_major"] > 0 and destination["blocked_ms"] > 0
+    assert 0 < source["blocked_ms"] <= destination["blocked_ms"]
+    assert 0 < destination["time_to_resident_s"] < destination["total_s"]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def test_every_number_of_the_report_has_its_unit() -> None:
     units = ("_ms", "_s", "_us", "_bytes")
     for name, value in Report("vm1", "tcp:a:1", "0", State.COMPLETED).to_json().items():
         if isinstance(value, int | float):
-            counted = name in ("requests", "recoveries") or name.startswith(("pages_", "bytes_"))
+            counted = name in ("requests", "recoveries") or name.startswith(
+                ("pages_", "bytes_", "faults_")
+            )
             assert counted or name.endswith(units), name
 
 
@@ -260,7 +262,7 @@ def test_completion_prints_a_script(umemctl: Umemctl, shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("umemctl re", ["recover"]),
+        ("umemctl rec", ["recover"]),
         ("umemctl completion ", ["bash", "zsh", "fish"]),
         ("umemctl migrate --vm ", ["here-1", "here.2"]),
         ("umemctl migrate --resume --vm ", ["left"]),
