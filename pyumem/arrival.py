@@ -50,21 +50,6 @@ class DriverCounts:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """How far a VM is at one moment, as the daemon's metrics tell it."""
-
-    vm: str
-    state: str
-    """A State, "starting" or "waiting"."""
-    ram_bytes: int
-    resident_bytes: int
-    lanes: Mapping[str, Totals]
-    """By the lane's name: KIND-INDEX."""
-    recoveries: int
-    driver: DriverCounts
-
-
 def prefetched(urgent: Totals) -> int:
     """Return how many pages came on the urgent lane without having been asked for, zero ones among
     them: every other one has left its latency there.

@@ -29,7 +29,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from pyumem import latency, wire
+from pyumem import wire
 from pyumem.area import Area
 from pyumem.arrival import ArrivalReport, DriverCounts, bytes_by_lane, latencies, prefetched
 from pyumem.claims import Slots
@@ -137,6 +137,7 @@ class Migration:
         self._complete = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._driver = DriverCounts()
         self._starting: set[Worker] = set()
         self._none_starts = asyncio.Event()
         self._none_starts.set()
@@ -195,14 +196,19 @@ class Migration:
             "recoveries": self.recoveries,
             **self.progress().to_json(),
             **arrival_report(urgent, background),
-            **DriverCounts.of(self._target.areas).to_json(),
-            "demand_latency_histogram": latency.to_json(urgent + background),
+            **self._driver_counts().to_json(),
             "bytes_received_by_lane": self._bytes_by_lane(),
             "workers": [
                 {"lane": f"{lane.value}-{index}", "pid": worker.pid if worker else 0}
                 for (lane, index), worker in self._lanes.items()
             ],
         }
+
+    def _driver_counts(self) -> DriverCounts:
+        """Return the driver's, after close() those of then: the areas may be closed, too."""
+        if not self._closed:
+            self._driver = DriverCounts.of(self._target.areas)
+        return self._driver
 
     def _bytes_by_lane(self) -> dict[str, int]:
         return {"control": self._device_bytes} | bytes_by_lane(self.by_lane())
@@ -232,7 +238,7 @@ class Migration:
             pages_uncounted=progress.pages_uncounted,
             requests=self._totals(Lane.URGENT).requests,
             memory_waits=latencies(lanes).memory_waits,
-            driver=DriverCounts.of(self._target.areas),
+            driver=self._driver_counts(),
             latencies=latencies(lanes),
             bytes_received_by_lane=self._bytes_by_lane(),
             recoveries=self.recoveries,
@@ -421,6 +427,7 @@ class Migration:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+        self._driver = DriverCounts.of(self._target.areas)
 
     def free(self) -> None:
         """Unmap what is shared with the workers, after close(), when nobody will ask for numbers
@@ -597,7 +604,7 @@ class Migration:
     async def _tell_complete(self, more: dict[str, Any]) -> None:
         self._complete = True
         report = arrival_report(self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND))
-        report |= DriverCounts.of(self._target.areas).to_json()
+        report |= self._driver_counts().to_json()
         try:
             await self._link.send_json(Kind.COMPLETE, {**report, **more})
             await asyncio.sleep(_BYE_S)  # ended by the control lane's BYE

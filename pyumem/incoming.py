@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pyumem import reports
+from pyumem import latency, reports
 from pyumem.address import Address, listen, name_of, parse
 from pyumem.area import HOST_PAGE, Area, Granule
+from pyumem.arrival import latencies, resident_map
 from pyumem.control import Asker
 from pyumem.destination import Migration, Phase, Target
 from pyumem.errors import (
@@ -165,8 +166,8 @@ class IncomingVm:
             return self._record is not None
         return self.migration.state.committed and not self.migration.state.over
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what status shows."""
+    def to_json(self, *, detail: bool = False) -> dict[str, Any]:
+        """Return what status shows; detail: and what top does besides."""
         areas = []
         for area, block in zip(self._areas, self.request.blocks, strict=False):
             known = area.info()
@@ -187,6 +188,14 @@ class IncomingVm:
             "qemu_pid": self._qemu.pid if self._qemu else 0,
             "areas": areas,
             "migration": self.migration.to_json() if self.migration else None,
+            **(self._detail() if detail else {}),
+        }
+
+    def _detail(self) -> dict[str, Any]:
+        lanes = self.migration.by_lane() if self.migration else {}
+        return {
+            "resident_map": resident_map(self._areas),
+            "demand_latency_histogram": latency.to_json(latencies(lanes)),
         }
 
     def _path(self, area: Area) -> str:

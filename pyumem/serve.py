@@ -226,14 +226,14 @@ class Daemon:
             raise ControlError(f"unknown command {question['command']!r}")
         return await handler(question, asker)
 
-    async def _status(self, _question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
+    async def _status(self, question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "version": pyumem.__version__,
             "runtime_dir": str(runtime.runtime_dir()),
             "token": bool(self._security.token),
             "tls": self._security.credentials is not None,
-            "vms": [vm.to_json() for vm in self._vms.values()],
+            "vms": [vm.to_json(detail=bool(question.get("detail"))) for vm in self._vms.values()],
             "history": list(self._history),
         }
 

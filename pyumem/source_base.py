@@ -128,6 +128,8 @@ class SourceBase:
             "error": self.report.error,
             "recoveries": self.report.recoveries,
             **self.progress().to_json(),
+            "requests": self._totals(Lane.URGENT).requests,
+            "bytes_sent_by_lane": self._bytes_by_lane(),
             "workers": [
                 {"lane": f"{lane.value}-{index}", "pid": worker.pid}
                 for (lane, index), worker in (self._lanes.workers if self._lanes else {}).items()
@@ -148,7 +150,10 @@ class SourceBase:
         report.bytes_after_compression = background.bytes_after
         report.pages_released = self._release.pages if self._release else 0
         report.device_state_bytes = self._device_bytes
-        report.bytes_sent_by_lane = {"control": self._device_bytes} | {
+        report.bytes_sent_by_lane = self._bytes_by_lane()
+
+    def _bytes_by_lane(self) -> dict[str, int]:
+        return {"control": self._device_bytes} | {
             name: totals.bytes_sent for name, totals in self._by_lane().items()
         }
 

@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "report": "show how migrations from and to this host went",
     "serve": "receive VMs (daemon)",
     "status": "show VMs that are expected and migrations that run",
+    "top": "watch them",
 }
 
 _EPILOG: Final = """\

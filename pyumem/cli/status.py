@@ -18,15 +18,17 @@ from pyumem.report import State
 _ANSWER_S = 5.0
 
 
-def _ask_serve() -> dict[str, Any] | None:
+def ask_serve(**more: object) -> dict[str, Any] | None:
+    """Return what the daemon of this host says, None when it does not."""
     try:
         with ControlClient(runtime.serve_socket(), timeout=_ANSWER_S) as client:
-            return client.ask("status")
+            return client.ask("status", **more)
     except ControlError:
         return None
 
 
-def _ask_migrations() -> list[dict[str, Any]]:
+def ask_migrations() -> list[dict[str, Any]]:
+    """Return what each running `umemctl migrate` of this host says."""
     found = []
     for path in sorted(runtime.migrate_dir().glob("*.sock")):
         try:
@@ -83,7 +85,7 @@ def command(as_json: bool) -> None:
       umemctl status
       umemctl status --json | jq '.serve.vms[].state'
     """
-    serve, migrations = _ask_serve(), _ask_migrations()
+    serve, migrations = ask_serve(), ask_migrations()
     kept = _find_kept({one["name"] for one in migrations})
     if as_json:
         print_json({"serve": serve, "migrations": migrations, "kept": kept})
