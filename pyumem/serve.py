@@ -49,8 +49,17 @@ _SECOND_S: Final = 60.0
 class Daemon:
     """The daemon.  run() until a signal ends it."""
 
-    def __init__(self, security: Security, granule: Granule = HOST_PAGE) -> None:
-        """Take nothing yet.  granule: what areas of VMs to come are made of."""
+    def __init__(
+        self,
+        security: Security,
+        granule: Granule = HOST_PAGE,
+        *,
+        names: set[str] | None = None,
+    ) -> None:
+        """Take nothing yet.  granule: what areas of VMs to come are made of; to names the VMs' are
+        added, for the log.
+        """
+        self._names = set() if names is None else names
         self._security = security
         self._granule = granule
         self._manager = Manager.from_environment()
@@ -152,6 +161,7 @@ class Daemon:
 
     async def _adopt(self, record: IncomingRecord) -> None:
         said = ""
+        self._names.add(record.name)
         while not self._stop.is_set():
             try:
                 if record.name in self._vms:
@@ -253,6 +263,7 @@ class Daemon:
             granule=self._granule,
         )
         self._vms[request.name] = vm
+        self._names.add(request.name)
         try:
             areas = await vm.open()
         except BaseException:

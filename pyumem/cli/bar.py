@@ -48,6 +48,10 @@ class BarDisplay:
         """Print a line above the bar."""
         self._bar.console.print(f"umemctl: {plain(text)}", highlight=False, markup=False)
 
+    def fail(self, text: str) -> None:
+        """Print why it failed, above the bar."""
+        self.tell(text)
+
     async def follow(self, watched: Watched) -> None:
         """Draw until cancelled."""
         rate = Rate()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,20 +109,6 @@ def bandwidth(value: object) -> int | None:
 def print_json(value: object) -> None:
     """Print it, indented for people, still one value for programs."""
     click.echo(json.dumps(value, indent=2))
-
-
-def log_to_stderr(*, verbose: bool = False) -> None:
-    """Log one line per event to standard error.
-
-    A journal adds its own time stamps, a terminal gets ours.
-    """
-    form = "%(levelname)s %(message)s"
-    if sys.stderr.isatty():
-        form = f"%(asctime)s {form}"
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format=form, stream=sys.stderr
-    )
-    quiet_qmp()
 
 
 def quiet_qmp() -> None:

@@ -88,6 +88,10 @@ class PlainDisplay:
         """Print a line."""
         click.echo(f"umemctl: {plain(text)}", err=True)
 
+    def fail(self, text: str) -> None:
+        """Print why it failed."""
+        self.tell(text)
+
     async def follow(self, watched: Watched) -> None:
         """Print progress until cancelled."""
         rate = Rate()
@@ -115,6 +119,9 @@ class Display(Protocol):
 
     def tell(self, text: str) -> None:
         """Print a line."""
+
+    def fail(self, text: str) -> None:
+        """Print why it failed."""
 
     async def follow(self, watched: Watched) -> None:
         """Show progress until cancelled."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import Final
 
@@ -44,6 +45,15 @@ Environment:
 """
 
 
+def _tell(error: UmemError) -> None:
+    from pyumem.cli.logs import is_json
+
+    if is_json():
+        logging.getLogger("umemctl").error("%s", error)
+    else:
+        click.echo(f"umemctl: {error}", err=True)
+
+
 class _Commands(click.Group):
     """Imports a command when it is used: `status` should not wait for what only `migrate` needs."""
 
@@ -73,7 +83,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UmemError as e:
-            click.echo(f"umemctl: {e}", err=True)
+            _tell(e)
             sys.exit(e.exit_status)
 
 

@@ -24,6 +24,7 @@ from pyumem.cli.common import (
 )
 from pyumem.cli.completion import vm_here
 from pyumem.cli.display import make_display, show_report
+from pyumem.cli.logs import LogDisplay, is_json, log_format_option, log_to_stderr
 from pyumem.commit_record import CommitRecord, names
 from pyumem.compression import Compress, offer
 from pyumem.control import Asker, ControlServer
@@ -107,6 +108,7 @@ from pyumem.tls import Security
     default="",
     help="Name that the destination's certificate has to have, where that is not HOST of URI.",
 )
+@log_format_option
 @json_option
 def command(
     uri: str | None,
@@ -125,6 +127,7 @@ def command(
     tls_creds: Path | None,
     insecure: bool,
     tls_hostname: str,
+    log_format: str,
     as_json: bool,
 ) -> None:
     """Send a VM to the host that expects it at URI (tcp:HOST:PORT).
@@ -153,6 +156,9 @@ def command(
       umemctl migrate --resume --vm vm1
     """
     quiet_qmp()
+    vms = {vm} if vm else set()
+    if log_format == "json":
+        log_to_stderr(log_format, names=vms)
     record = _record_of(vm) if resume else None
     if uri is None and record is None:
         raise click.UsageError("Missing argument 'URI': where to?  tcp:HOST:PORT")
@@ -171,7 +177,7 @@ def command(
     )
     plan.security.check_destination(plan.destination)
     offer(plan.compress)  # what cannot be is said at once
-    status, report = asyncio.run(_migrate(plan, record))
+    status, report = asyncio.run(_migrate(plan, record, vms))
     if as_json:
         print_json(report.to_json())
     else:
@@ -204,9 +210,11 @@ def _record_of(vm: str | None) -> CommitRecord:
     return CommitRecord.read(vm)
 
 
-async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report]:
-    """Run it with display, signals and status socket.  Returns the exit status and the report."""
-    display = make_display()
+async def _migrate(plan: Plan, record: CommitRecord | None, vms: set[str]) -> tuple[int, Report]:
+    """Run it with display, signals and status socket.  The VM's name is added to
+    those that the log knows.  Returns the exit status and the report.
+    """
+    display = LogDisplay(vms) if is_json() else make_display()
     migration = Resumed(plan, record, display.tell) if record else Migration(plan, display.tell)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -216,12 +224,14 @@ async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report
         loop.add_signal_handler(number, migration.interrupt, name)
     with display:
         shown = asyncio.create_task(display.follow(migration), name="display")
-        told = asyncio.create_task(_tell_status(migration, plan.security), name="status socket")
+        told = asyncio.create_task(
+            _tell_status(migration, plan.security, vms), name="status socket"
+        )
         try:
             await migration.run()
             status = 0
         except UmemError as e:
-            display.tell(str(e))
+            display.fail(str(e))
             status = e.exit_status
         finally:
             for task in (shown, told):
@@ -232,7 +242,7 @@ async def _migrate(plan: Plan, record: CommitRecord | None) -> tuple[int, Report
     return status, migration.report
 
 
-async def _tell_status(migration: Migration | Resumed, security: Security) -> None:
+async def _tell_status(migration: Migration | Resumed, security: Security, vms: set[str]) -> None:
     """Answer `umemctl status` and others as soon as the VM's name is known."""
 
     async def answer(question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
@@ -258,6 +268,7 @@ async def _tell_status(migration: Migration | Resumed, security: Security) -> No
 
     while not migration.locked:
         await asyncio.sleep(0.05)
+    vms.add(migration.vm)
     path = runtime.migrate_dir() / f"{migration.vm}.sock"
     async with ControlServer(path, answer):
         await asyncio.Event().wait()

@@ -10,7 +10,8 @@ from typing import Final
 import click
 
 from pyumem.area import HOST_PAGE, Granule
-from pyumem.cli.common import log_to_stderr, security_of, security_options
+from pyumem.cli.common import security_of, security_options
+from pyumem.cli.logs import log_format_option, log_to_stderr
 from pyumem.serve import Daemon
 from pyumem.uapi import GRANULE_MAX, PAGE_SIZE
 
@@ -31,12 +32,14 @@ _GRANULES: Final = {
     "pages of 2 MiB; not less than a page of this host, which it is by default.  The source needs "
     "nothing of it.",
 )
+@log_format_option
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def command(
     token_file: Path | None,
     tls_creds: Path | None,
     insecure: bool,
     granule: str | None,
+    log_format: str,
     verbose: bool,
 ) -> None:
     """Receive VMs on this host: the daemon that `umem-qemu ... -postcopy -incoming` asks for RAM.
@@ -58,9 +61,12 @@ def command(
       umemctl serve --tls-creds /etc/pki/umem
       umemctl serve --token-file /root/umem.token
       umemctl serve --granule 64K
+      umemctl serve --log-format json
     """
-    log_to_stderr(verbose=verbose)
+    names: set[str] = set()
+    log_to_stderr(log_format, names=names, verbose=verbose)
     security = security_of(token_file, tls_creds, insecure=insecure)
     if security.credentials:
         security.credentials.server_context()  # what is wrong with them is told now
-    asyncio.run(Daemon(security, _GRANULES[granule] if granule else HOST_PAGE).run())
+    area_granule = _GRANULES[granule] if granule else HOST_PAGE
+    asyncio.run(Daemon(security, area_granule, names=names).run())
