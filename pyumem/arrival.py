@@ -50,6 +50,30 @@ class DriverCounts:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How far a VM is at one moment, as the daemon's metrics tell it."""
+
+    vm: str
+    state: str
+    """A State, "starting" or "waiting"."""
+    ram_bytes: int
+    resident_bytes: int
+    lanes: Mapping[str, Totals]
+    """By the lane's name: KIND-INDEX."""
+    recoveries: int
+    driver: DriverCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a daemon has to tell at one moment."""
+
+    samples: Sequence[Sample]
+    ended: Mapping[str, int]
+    """How many migrations ended in each state since its start."""
+
+
 def prefetched(urgent: Totals) -> int:
     """Return how many pages came on the urgent lane without having been asked for, zero ones among
     them: every other one has left its latency there.

@@ -29,7 +29,7 @@ from typing import Any, Final
 from pyumem import latency, reports
 from pyumem.address import Address, listen, name_of, parse
 from pyumem.area import HOST_PAGE, Area, Granule
-from pyumem.arrival import latencies, resident_map
+from pyumem.arrival import DriverCounts, Sample, latencies, resident_map
 from pyumem.control import Asker
 from pyumem.destination import Migration, Phase, Target
 from pyumem.errors import (
@@ -165,6 +165,20 @@ class IncomingVm:
         if self.migration is None:
             return self._record is not None
         return self.migration.state.committed and not self.migration.state.over
+
+    def sample(self) -> Sample:
+        """Return what the daemon's metrics tell."""
+        known = [area.info() for area in self._areas]
+        migration = self.migration
+        return Sample(
+            vm=self.name,
+            state=self.state,
+            ram_bytes=sum(one.size for one in known),
+            resident_bytes=sum(one.nr_cached * one.granule_size for one in known),
+            lanes=migration.by_lane() if migration else {},
+            recoveries=migration.recoveries if migration else 0,
+            driver=DriverCounts.of(self._areas),
+        )
 
     def to_json(self, *, detail: bool = False) -> dict[str, Any]:
         """Return what status shows; detail: and what top does besides."""

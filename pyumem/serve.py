@@ -16,11 +16,12 @@ asks once before it kills, so that its first signal counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from pyumem import incoming_record, runtime, verdicts
 from pyumem.address import Address, parse
 from pyumem.area import HOST_PAGE, Granule
 from pyumem.areafs import AreaDirectory
+from pyumem.arrival import Snapshot
 from pyumem.control import Asker, ControlServer, Handler
 from pyumem.errors import ControlError
 from pyumem.incoming import IncomingRequest, IncomingVm
@@ -54,12 +56,15 @@ class Daemon:
         security: Security,
         granule: Granule = HOST_PAGE,
         *,
+        metrics: Address | None = None,
         names: set[str] | None = None,
     ) -> None:
-        """Take nothing yet.  granule: what areas of VMs to come are made of; to names the VMs' are
-        added, for the log.
+        """Take nothing yet.  granule: what areas of VMs to come are made of; metrics: where
+        Prometheus asks, if anywhere; to names the VMs' are added, for the log.
         """
+        self._metrics = metrics
         self._names = set() if names is None else names
+        self._ended: Counter[str] = Counter()
         self._security = security
         self._granule = granule
         self._manager = Manager.from_environment()
@@ -92,7 +97,10 @@ class Daemon:
             ),
             self._directory,
         ):
-            async with ControlServer(runtime.serve_socket(), self._answer, inherited):
+            async with (
+                self._tell_prometheus(),
+                ControlServer(runtime.serve_socket(), self._answer, inherited),
+            ):
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     if signal.getsignal(number) is signal.SIG_IGN:
                         continue  # nohup
@@ -236,6 +244,17 @@ class Daemon:
             raise ControlError(f"unknown command {question['command']!r}")
         return await handler(question, asker)
 
+    def _tell_prometheus(self) -> contextlib.AbstractAsyncContextManager[int | None]:
+        if self._metrics is None:
+            return contextlib.nullcontext()
+        # Takes longer to import than the rest of the daemon together.
+        from pyumem.metrics import serve
+
+        return serve(self._metrics, self._snapshot)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot([vm.sample() for vm in self._vms.values()], dict(self._ended))
+
     async def _status(self, question: dict[str, Any], _asker: Asker) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
@@ -285,6 +304,7 @@ class Daemon:
             log.exception("%s: an error of ours", vm.name)
         finally:
             if vm.migration:
+                self._ended[vm.migration.state] += 1
                 self._history.append({"name": vm.name, **vm.migration.to_json()})
                 vm.migration.free()
             self._vms.pop(vm.name, None)

@@ -9,6 +9,7 @@ from typing import Final
 
 import click
 
+from pyumem.address import parse
 from pyumem.area import HOST_PAGE, Granule
 from pyumem.cli.common import security_of, security_options
 from pyumem.cli.logs import log_format_option, log_to_stderr
@@ -32,6 +33,12 @@ _GRANULES: Final = {
     "pages of 2 MiB; not less than a page of this host, which it is by default.  The source needs "
     "nothing of it.",
 )
+@click.option(
+    "--metrics",
+    metavar="tcp:HOST:PORT",
+    help="Answer Prometheus there, in clear, whoever asks; tcp::PORT is loopback.  Default: "
+    "nowhere.",
+)
 @log_format_option
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def command(
@@ -39,6 +46,7 @@ def command(
     tls_creds: Path | None,
     insecure: bool,
     granule: str | None,
+    metrics: str | None,
     log_format: str,
     verbose: bool,
 ) -> None:
@@ -61,7 +69,7 @@ def command(
       umemctl serve --tls-creds /etc/pki/umem
       umemctl serve --token-file /root/umem.token
       umemctl serve --granule 64K
-      umemctl serve --log-format json
+      umemctl serve --metrics tcp:127.0.0.1:9464 --log-format json
     """
     names: set[str] = set()
     log_to_stderr(log_format, names=names, verbose=verbose)
@@ -69,4 +77,5 @@ def command(
     if security.credentials:
         security.credentials.server_context()  # what is wrong with them is told now
     area_granule = _GRANULES[granule] if granule else HOST_PAGE
-    asyncio.run(Daemon(security, area_granule, names=names).run())
+    address = parse(metrics, listening=True) if metrics else None
+    asyncio.run(Daemon(security, area_granule, metrics=address, names=names).run())
