@@ -232,6 +232,8 @@ int umem_area_add_node(struct umem_area *area)
 
 static void umem_area_free(struct umem_area *area)
 {
+	umem_mappers_free(area);
+	kvfree(area->dirty);
 	kvfree(area->poisoned);
 	kvfree(area->discarded);
 	kvfree(area->requested);
@@ -486,6 +488,9 @@ struct umem_area *umem_area_create(const struct umem_create *wish)
 	area->file_uid = area->uid;
 	area->file_gid = area->gid;
 	area->file_mode = 0660;
+	mutex_init(&area->log_mutex);
+	spin_lock_init(&area->mappers_lock);
+	INIT_LIST_HEAD(&area->mappers);
 	spin_lock_init(&area->server_lock);
 	umem_requests_init(area);
 

@@ -182,7 +182,48 @@ static inline void folio_put(struct folio *folio)
 {
 	put_page(&folio->page);
 }
+
+static inline void folio_lock(struct folio *folio)
+{
+	lock_page(&folio->page);
+}
+
+static inline int folio_ref_count(struct folio *folio)
+{
+	return page_ref_count(&folio->page);
+}
+
+static inline bool folio_maybe_dma_pinned(struct folio *folio)
+{
+	return page_maybe_dma_pinned(&folio->page);
+}
 #endif
+
+/* The folio of a page, locked and with a reference, or NULL if it is not in memory. */
+static inline struct folio *umem_lock_folio(struct address_space *mapping,
+					    pgoff_t index)
+{
+#ifdef UMEM_HAVE_STRUCT_FOLIO
+	struct folio *folio = filemap_lock_folio(mapping, index);
+
+	/* NULL before 6.4. */
+	return IS_ERR(folio) ? NULL : folio;
+#else
+	struct page *page = find_lock_page(mapping, index);
+
+	return page ? page_folio(page) : NULL;
+#endif
+}
+
+/* How many entries a folio has; of a large one, where that is hard to tell, none. */
+static inline int umem_folio_mapcount(struct folio *folio)
+{
+#ifdef UMEM_HAVE_FOLIO_MAPCOUNT
+	return folio_mapcount(folio);
+#else
+	return folio_test_large(folio) ? 0 : page_mapcount(&folio->page);
+#endif
+}
 
 const struct vm_operations_struct *umem_shmem_vm_ops(struct vm_area_struct *vma);
 

@@ -9,7 +9,8 @@
  *
  * A complete area is told by one flag that the fault path reads first.  From then on
  * new mappings are plain ones of the backing file, and vma.c may make plain ones
- * of those that are there; else the vm_ops of a VMA never change while it lives.
+ * of those that are there, and logged ones while the log of writes is on (dirty.c).
+ * That is done with the VMA locked for writing, so no fault sees it happen.
  *
  * Locking: faults come with mmap_lock or the VMA's own lock held for reading.
  * It is dropped before sleeping; the VMA may be gone afterwards, so its file is
@@ -244,6 +245,60 @@ static const struct vm_operations_struct umem_vm_ops = {
 #endif
 };
 
+/* Somebody is about to write to a page for the first time in this round. */
+static vm_fault_t umem_vm_page_mkwrite(struct vm_fault *vmf)
+{
+	struct umem_area *area = vmf->vma->vm_private_data;
+	struct folio *folio = page_folio(vmf->page);
+
+	folio_lock(folio);
+	if (folio->mapping != area->backing->f_mapping) {
+		/* It was punched out meanwhile. */
+		folio_unlock(folio);
+		return VM_FAULT_NOPAGE;
+	}
+	umem_dirty_set(area, folio->index,
+		       folio_next_index(folio) - folio->index);
+	/* Locked, until the entry is there: see dirty.c. */
+	return VM_FAULT_LOCKED;
+}
+
+/* While the log of writes is on. */
+static const struct vm_operations_struct umem_log_vm_ops = {
+	.open		= umem_vm_open,
+	.close		= umem_vm_close,
+	.fault		= umem_vm_fault,
+	.page_mkwrite	= umem_vm_page_mkwrite,
+#ifdef UMEM_HAVE_MAP_PAGES
+	.map_pages	= umem_vm_map_pages,
+#endif
+#ifdef CONFIG_NUMA
+	.set_policy	= umem_vm_set_policy,
+	.get_policy	= umem_vm_get_policy,
+#endif
+};
+
+/**
+ * umem_vma_is_logged() - are we asked before it is written to?
+ * @vma: any VMA
+ *
+ * Return: true for a consumer's view while the log is on.
+ */
+bool umem_vma_is_logged(struct vm_area_struct *vma)
+{
+	return READ_ONCE(vma->vm_ops) == &umem_log_vm_ops;
+}
+
+/**
+ * umem_vma_set_logged() - be asked before it is written to, or not
+ * @vma: a consumer's view, locked for writing
+ * @logged: which
+ */
+void umem_vma_set_logged(struct vm_area_struct *vma, bool logged)
+{
+	WRITE_ONCE(vma->vm_ops, logged ? &umem_log_vm_ops : &umem_vm_ops);
+}
+
 /**
  * umem_vma_is_ours() - does the driver answer for the faults of a VMA?
  * @vma: any VMA
@@ -253,7 +308,9 @@ static const struct vm_operations_struct umem_vm_ops = {
  */
 bool umem_vma_is_ours(struct vm_area_struct *vma, struct umem_area *area)
 {
-	return READ_ONCE(vma->vm_ops) == &umem_vm_ops &&
+	const struct vm_operations_struct *ops = READ_ONCE(vma->vm_ops);
+
+	return (ops == &umem_vm_ops || ops == &umem_log_vm_ops) &&
 	       READ_ONCE(vma->vm_private_data) == area;
 }
 
@@ -287,7 +344,17 @@ long umem_face_fallocate(struct file *face, int mode, loff_t offset, loff_t len)
 		if (ret)
 			return ret;
 	}
-	return backing->f_op->fallocate(backing, mode, offset, len);
+	ret = backing->f_op->fallocate(backing, mode, offset, len);
+	/*
+	 * It reads as zeros now, or some of it does: first that, then look whether the
+	 * log is on.  Pairs with umem_dirty_clear_run(), of umem_dirty_start().
+	 */
+	smp_mb();
+	if (READ_ONCE(area->logging))
+		umem_dirty_set(area, offset >> PAGE_SHIFT,
+			       DIV_ROUND_UP_ULL(offset + len, PAGE_SIZE) -
+			       (offset >> PAGE_SHIFT));
+	return ret;
 }
 
 static int umem_face_release(struct inode *inode, struct file *file)
@@ -352,6 +419,7 @@ struct umem_area *umem_face_area(struct file *face)
 int umem_face_mmap(struct file *face, struct vm_area_struct *vma, bool priv)
 {
 	struct umem_area *area = umem_face_area(face);
+	bool logging;
 	int ret;
 
 	if (vma_pages(vma) > area->npages ||
@@ -368,13 +436,21 @@ int umem_face_mmap(struct file *face, struct vm_area_struct *vma, bool priv)
 		vm_flags_clear(vma, VM_MAYWRITE);
 	}
 
+	ret = umem_mapper_add(area, vma->vm_mm);
+	if (ret)
+		return ret;
 	ret = vfs_mmap(area->backing, vma);
 	if (ret)
 		return ret;
 	umem_payer_choose(area->payer);
 
+	/*
+	 * Read after umem_mapper_add(): whoever switches the log either is seen here
+	 * or waits for us.  Pairs with the release of umem_dirty_start().
+	 */
+	logging = smp_load_acquire(&area->logging);
 	/* Pairs with the release of umem_mark(). */
-	if (smp_load_acquire(&area->complete)) {
+	if (!logging && smp_load_acquire(&area->complete)) {
 		vma_set_file(vma, area->backing);
 		return 0;
 	}
@@ -383,7 +459,7 @@ int umem_face_mmap(struct file *face, struct vm_area_struct *vma, bool priv)
 	WRITE_ONCE(area->shmem_vm_ops, vma->vm_ops);
 	vma_set_file(vma, face);
 	vma->vm_private_data = area;
-	vma->vm_ops = &umem_vm_ops;
+	vma->vm_ops = logging ? &umem_log_vm_ops : &umem_vm_ops;
 	/*
 	 * MADV_COLLAPSE of a consumer maps a huge page without a fault, so we
 	 * would not be asked.  This is what keeps it and khugepaged away; that

@@ -399,6 +399,8 @@ static long umem_control_ioctl(struct file *file, unsigned int cmd,
 	case UMEM_GET_BITMAP:
 	case UMEM_MAKE_VMA_ANONYMOUS:
 	case UMEM_GET_STATS:
+	case UMEM_SET_DIRTY_LOG:
+	case UMEM_GET_DIRTY:
 		server = umem_control_server(file);
 		if (!server)
 			return -ENXIO;

@@ -27,6 +27,9 @@
 /* Requests handed over, or offsets taken, at a time; they are on the stack. */
 #define UMEM_BATCH	32
 
+/* Words of the log of writes that are read at a time. */
+#define UMEM_DIRTY_WORDS	32
+
 /* Ranges of a mark that need no memory of their own; on the stack too. */
 #define UMEM_FEW	8
 
@@ -99,6 +102,12 @@ void umem_server_free(struct umem_server *server)
 {
 	struct umem_area *area = server->area;
 	bool lost = false;
+
+	/* The log ends with its server, before somebody else may begin one. */
+	mutex_lock(&area->log_mutex);
+	if (READ_ONCE(area->server) == server)
+		umem_dirty_stop(area);
+	mutex_unlock(&area->log_mutex);
 
 	spin_lock(&area->server_lock);
 	if (area->server == server) {
@@ -550,12 +559,108 @@ static long umem_ioctl_stats(struct umem_server *server, void __user *argp)
 	return copy_to_user(argp, &stats, sizeof(stats)) ? -EFAULT : 0;
 }
 
+/*
+ * To be the only one who works on the log and on what VMAs do.  Once a successor has
+ * had the mutex, the server that it fenced does not get it.
+ */
+static int umem_lock_log(struct umem_server *server)
+{
+	int ret = mutex_lock_killable(&server->area->log_mutex);
+
+	if (ret)
+		return ret;
+	if (READ_ONCE(server->fenced)) {
+		mutex_unlock(&server->area->log_mutex);
+		return -ENODEV;
+	}
+	return 0;
+}
+
+static long umem_ioctl_dirty_log(struct umem_server *server, void __user *argp)
+{
+	struct umem_area *area = server->area;
+	struct umem_dirty_log arg;
+	int ret;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	if (arg.reserved || arg.on > 1)
+		return -EINVAL;
+
+	ret = umem_lock_log(server);
+	if (ret)
+		return ret;
+	if (arg.on)
+		ret = umem_dirty_start(area);
+	else
+		umem_dirty_stop(area);
+	mutex_unlock(&area->log_mutex);
+	return ret;
+}
+
+static long umem_ioctl_dirty(struct umem_server *server, void __user *argp)
+{
+	struct umem_dirty __user *out = argp;
+	struct umem_area *area = server->area;
+	u64 nr_words = DIV_ROUND_UP_ULL(area->ngranules, 64);
+	u64 words[UMEM_DIRTY_WORDS], nr_dirty = 0;
+	struct umem_dirty arg;
+	u64 __user *to;
+	u32 i, w, nr;
+	bool clear;
+	int ret;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	if (arg.flags & ~UMEM_DIRTY_PEEK || arg.first % 64 ||
+	    arg.first / 64 > nr_words ||
+	    arg.nr_words > nr_words - arg.first / 64)
+		return -EINVAL;
+	/* What cannot be told is not cleared. */
+	if (put_user(nr_dirty, &out->nr_dirty))
+		return -EFAULT;
+
+	to = u64_to_user_ptr(arg.words);
+	clear = !(arg.flags & UMEM_DIRTY_PEEK);
+	for (i = 0; i < arg.nr_words; i += nr) {
+		unsigned long first = arg.first + 64UL * i;
+
+		nr = min_t(u32, arg.nr_words - i, UMEM_DIRTY_WORDS);
+		ret = umem_lock_log(server);
+		if (ret)
+			return ret;
+		ret = umem_dirty_read(area, first, words, nr, clear);
+		mutex_unlock(&area->log_mutex);
+		if (ret)
+			return ret;
+		if (copy_to_user(to + i, words, nr * sizeof(*words))) {
+			if (clear)
+				umem_dirty_put_back(area, first, words, nr);
+			return -EFAULT;
+		}
+		for (w = 0; w < nr; w++)
+			nr_dirty += hweight64(words[w]);
+		if (fatal_signal_pending(current))
+			return -EINTR;
+	}
+	return put_user(nr_dirty, &out->nr_dirty);
+}
+
 static long umem_ioctl_plain(struct umem_server *server)
 {
+	struct umem_area *area = server->area;
+	int ret;
+
+	ret = umem_lock_log(server);
+	if (ret)
+		return ret;
 	/* Pairs with the release of umem_mark(). */
-	if (!smp_load_acquire(&server->area->complete))
-		return -EBUSY;
-	return umem_make_plain(server->area);
+	if (area->logging || !smp_load_acquire(&area->complete))
+		ret = -EBUSY;
+	else
+		ret = umem_make_plain(area);
+	mutex_unlock(&area->log_mutex);
+	return ret;
 }
 
 static long umem_ioctl_info(struct umem_server *server, void __user *argp)
@@ -600,6 +705,10 @@ long umem_server_ioctl(struct umem_server *server, unsigned int cmd,
 		return umem_ioctl_plain(server);
 	case UMEM_GET_STATS:
 		return umem_ioctl_stats(server, argp);
+	case UMEM_SET_DIRTY_LOG:
+		return umem_ioctl_dirty_log(server, argp);
+	case UMEM_GET_DIRTY:
+		return umem_ioctl_dirty(server, argp);
 	default:
 		return -ENOTTY;
 	}

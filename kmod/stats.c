@@ -59,6 +59,7 @@ void umem_stats_read(struct umem_area *area, struct umem_stats *stats)
 		stats->nr_requested += READ_ONCE(counts->nr_requested);
 		stats->nr_discarded += READ_ONCE(counts->nr_discarded);
 		stats->nr_touched += READ_ONCE(counts->nr_touched);
+		stats->nr_logged += READ_ONCE(counts->nr_logged);
 		stats->blocked_ns += READ_ONCE(counts->blocked_ns);
 		for (i = 0; i < UMEM_LATENCY_BUCKETS; i++)
 			stats->latency[i] += READ_ONCE(counts->latency[i]);
@@ -90,6 +91,7 @@ static struct device_attribute umem_stat_attrs[] = {
 	UMEM_STAT_ATTR(nr_poisoned),
 	UMEM_STAT_ATTR(nr_discarded),
 	UMEM_STAT_ATTR(nr_touched),
+	UMEM_STAT_ATTR(nr_logged),
 	UMEM_STAT_ATTR(blocked_ns),
 };
 

@@ -13,12 +13,15 @@
  *
  * Two things work on the mappings of consumers from outside: vma.c maps what was
  * marked (UMEM_MARK_TOUCH), and hands VMAs back to shmem (UMEM_MAKE_VMA_ANONYMOUS).
- * file.c is the area as a regular file, for those who call fallocate().
+ * file.c is the area as a regular file, for those who call fallocate().  dirty.c
+ * has the log of what consumers write, which is off but for a pre-copy.
  *
  * Locks, outermost first.  No user memory is touched and no mmap_lock taken
  * under any of them, since a fault comes in with mmap_lock or a VMA lock held.
  *
+ *   umem_area.log_mutex      dirty.c: switching and reading the log of writes
  *   mmap_lock, VMA lock      held by the mm over fault.c, taken by vma.c
+ *   umem_area.mappers_lock   vma.c: which mms made a mapping lately
  *   umem_areas_mutex         area.c: which areas exist, their ids and names
  *   umem_area.read_mutex     request.c: one reader walks the bitmap at a time
  *   umem_area.mark_sem       mark.c: marks against discards
@@ -80,6 +83,7 @@ struct umem_server;
  * @nr_requested: as there
  * @nr_discarded: as there
  * @nr_touched: as there
+ * @nr_logged: as there
  * @blocked_ns: as there
  * @latency: as there
  */
@@ -94,6 +98,7 @@ struct umem_counts {
 	u64 nr_requested;
 	u64 nr_discarded;
 	u64 nr_touched;
+	u64 nr_logged;
 	u64 blocked_ns;
 	u64 latency[UMEM_LATENCY_BUCKETS];
 };
@@ -129,6 +134,13 @@ struct umem_counts {
  * @nr_poisoned: bits ever set in @poisoned
  * @complete: every bit of @cached is set
  * @buckets: who waits for a granule
+ * @log_mutex: held over switching the log of writes and reading it, and over making
+ *	mappings plain
+ * @logging: it is on; written with @log_mutex held
+ * @dirty: NULL, or a bit for each granule that was written since it was last read;
+ *	made once, and kept
+ * @mappers_lock: protects @mappers
+ * @mappers: mms that made a mapping since the log was switched
  * @mark_sem: held for reading by marks, for writing by marks that have to zero
  *	what was discarded
  * @server_lock: protects @server, what it points to, and the members after it
@@ -176,6 +188,11 @@ struct umem_area {
 	atomic_long_t nr_poisoned;
 	bool complete;
 	wait_queue_head_t buckets[UMEM_BUCKETS];
+	struct mutex log_mutex;		/* see the kernel-doc above */
+	bool logging;
+	unsigned long *dirty;
+	spinlock_t mappers_lock;	/* see the kernel-doc above */
+	struct list_head mappers;
 	struct rw_semaphore mark_sem;
 
 	spinlock_t server_lock;		/* see the kernel-doc above */
@@ -259,6 +276,18 @@ int umem_face_mmap(struct file *face, struct vm_area_struct *vma, bool priv);
 long umem_face_fallocate(struct file *face, int mode, loff_t offset,
 			 loff_t len);
 
+bool umem_vma_is_logged(struct vm_area_struct *vma);
+void umem_vma_set_logged(struct vm_area_struct *vma, bool logged);
+
+/* dirty.c */
+void umem_dirty_set(struct umem_area *area, pgoff_t start, unsigned long count);
+int umem_dirty_read(struct umem_area *area, unsigned long first, u64 *words,
+		    unsigned int nr, bool clear);
+void umem_dirty_put_back(struct umem_area *area, unsigned long first,
+			 const u64 *words, unsigned int nr);
+int umem_dirty_start(struct umem_area *area);
+void umem_dirty_stop(struct umem_area *area);
+
 /* file.c */
 int umem_files_init(void);
 void umem_files_exit(void);
@@ -311,7 +340,11 @@ void umem_stats_sleep(struct umem_area *area, unsigned long index, u64 ns);
 void umem_stats_read(struct umem_area *area, struct umem_stats *stats);
 
 /* vma.c */
+int umem_mapper_add(struct umem_area *area, struct mm_struct *mm);
+void umem_mappers_free(struct umem_area *area);
 void umem_touch(struct umem_area *area, pgoff_t start, unsigned long count);
 int umem_make_plain(struct umem_area *area);
+int umem_log_vmas(struct umem_area *area);
+void umem_unlog_vmas(struct umem_area *area);
 
 #endif /* _UMEM_H */

@@ -197,6 +197,7 @@ _COUNTERS: Final = (
     "nr_poisoned",
     "nr_discarded",
     "nr_touched",
+    "nr_logged",
     "blocked_ns",
 )
 STATS: Final = Layout(
@@ -204,8 +205,13 @@ STATS: Final = Layout(
     (
         *((name, "Q") for name in _COUNTERS),
         ("latency", f"{8 * LATENCY_BUCKETS}s"),
-        ("reserved", "16x"),
+        ("reserved", "8x"),
     ),
+)
+DIRTY_LOG: Final = Layout("umem_dirty_log", (("on", "I"), ("reserved", "4x")))
+DIRTY: Final = Layout(
+    "umem_dirty",
+    (("words", "Q"), ("first", "Q"), ("nr_words", "I"), ("flags", "I"), ("nr_dirty", "Q")),
 )
 LAYOUTS: Final = (
     INIT,
@@ -220,6 +226,8 @@ LAYOUTS: Final = (
     LOSS_POLICY,
     BITMAP,
     STATS,
+    DIRTY_LOG,
+    DIRTY,
 )
 
 UMEM_INIT: Final = _iowr(MAGIC, 0, INIT.size)
@@ -234,6 +242,8 @@ UMEM_MARK_PAGE_POISONED: Final = _iowr(MAGIC, 20, MARK_CACHED.size)
 UMEM_GET_BITMAP: Final = _iow(MAGIC, 21, BITMAP.size)
 UMEM_MAKE_VMA_ANONYMOUS: Final = _io(MAGIC, 22)
 UMEM_GET_STATS: Final = _ior(MAGIC, 23, STATS.size)
+UMEM_SET_DIRTY_LOG: Final = _iow(MAGIC, 24, DIRTY_LOG.size)
+UMEM_GET_DIRTY: Final = _iowr(MAGIC, 25, DIRTY.size)
 
 UMEM_CREATE_HUGE: Final = 1 << 0
 
@@ -244,6 +254,8 @@ UMEM_INFO_NODE: Final = 1 << 3
 UMEM_INFO_HUGE: Final = 1 << 4
 
 UMEM_REATTACH_FORCE: Final = 1 << 0
+
+UMEM_DIRTY_PEEK: Final = 1 << 0
 
 UMEM_REQUEST_ASYNC: Final = 1 << 0
 UMEM_REQUEST_DISCARDED: Final = 1 << 1
@@ -330,9 +342,9 @@ class AreaInfo:
 class AreaStats:
     """What has happened in an area: see struct umem_stats.
 
-    Counts are of faults, requests, granules (nr_cached, nr_poisoned) and pages (nr_discarded,
-    nr_touched); blocked_ns is nanoseconds.  latency[i] counts waits from 2**i up to 2**(i+1)
-    microseconds, the first one also shorter ones and the last one longer ones.
+    Counts are of faults, requests, granules (nr_cached, nr_poisoned, nr_logged) and pages
+    (nr_discarded, nr_touched); blocked_ns is nanoseconds.  latency[i] counts waits from 2**i up to
+    2**(i+1) microseconds, the first one also shorter ones and the last one longer ones.
     """
 
     nr_minor: int
@@ -348,6 +360,7 @@ class AreaStats:
     nr_poisoned: int
     nr_discarded: int
     nr_touched: int
+    nr_logged: int
     blocked_ns: int
     latency: tuple[int, ...]
 
@@ -519,6 +532,48 @@ def bitmap(fd: int, which: int, nr_granules: int, area: str = "") -> array.array
     except OSError as e:
         raise DriverError("UMEM_GET_BITMAP", e.errno or errno.EIO, area=area) from e
     return words
+
+
+def set_dirty_log(fd: int, on: bool, area: str = "") -> None:
+    """Have the driver note what consumers write to from now on, or not any more.
+
+    Raises DriverError: EBUSY (it does already), EAGAIN (a mapping is just being made: call again),
+    ENOMEM.
+    """
+    try:
+        _call(fd, UMEM_SET_DIRTY_LOG, DIRTY_LOG.pack(on=int(on)))
+    except OSError as e:
+        raise DriverError("UMEM_SET_DIRTY_LOG", e.errno or errno.EIO, area=area) from e
+
+
+class DirtyBuffer:
+    """Room for the log of writes of a whole area, used again for every reading."""
+
+    def __init__(self, nr_granules: int, area: str = "") -> None:
+        """Make room for so many granules."""
+        self.words = array.array("Q", bytes(8 * ((nr_granules + 63) // 64)))
+        self._area = area
+
+    def read(self, fd: int, *, clear: bool = True, first: int = 0, nr: int | None = None) -> int:
+        """Read the log of `nr` granules from `first` on, multiples of 64, or of all: bit b of word
+        w stands for granule 64 * w + b.
+
+        What is read is cleared, unless that is not wanted.  Returns how many granules it has.
+        Raises DriverError: ENODATA (the log is off), ENOMEM.
+        """
+        at = first // 64
+        nr_words = len(self.words) - at if nr is None else (nr + 63) // 64
+        arg = DIRTY.pack(
+            words=self.words.buffer_info()[0] + 8 * at,
+            first=first,
+            nr_words=nr_words,
+            flags=0 if clear else UMEM_DIRTY_PEEK,
+        )
+        try:
+            _call(fd, UMEM_GET_DIRTY, arg)
+        except OSError as e:
+            raise DriverError("UMEM_GET_DIRTY", e.errno or errno.EIO, area=self._area) from e
+        return DIRTY.ints(arg)["nr_dirty"]
 
 
 def list_areas(fd: int, *, room: int = 64) -> list[AreaInfo]:

@@ -956,7 +956,7 @@ static void do_stats(struct worker *w, const struct slot *s)
 	    kind != SERVER)
 		return;
 	if (stats.nr_cached > granules || stats.nr_poisoned > granules ||
-	    stats.nr_requested > granules || stats.reserved[0] | stats.reserved[1])
+	    stats.nr_requested > granules || stats.reserved)
 		complain("stats: %llu cached %llu poisoned %llu requested of %lu",
 			 stats.nr_cached, stats.nr_poisoned, stats.nr_requested, granules);
 }

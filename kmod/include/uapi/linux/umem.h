@@ -400,8 +400,9 @@ struct umem_bitmap {
  * plain shared memory, in whatever process it is: the driver does not see its
  * faults any more, and mlock(), mremap() and huge pages work as they do there.
  *
- * Errors: EBUSY (a granule is missing), EAGAIN (a mapping is just being made or
- * copied: call again), EINTR, ENOMEM, ENODEV (fenced), ENXIO (before UMEM_INIT).
+ * Errors: EBUSY (a granule is missing, or the log of writes is on), EAGAIN (a mapping
+ * is just being made or copied: call again), EINTR, ENOMEM, ENODEV (fenced), ENXIO
+ * (before UMEM_INIT).
  */
 #define UMEM_MAKE_VMA_ANONYMOUS	_IO(UMEM_IOC_MAGIC, 22)
 
@@ -423,6 +424,7 @@ struct umem_bitmap {
  * @nr_poisoned: granules marked poisoned
  * @nr_discarded: pages that the consumer discarded while they were missing
  * @nr_touched: pages mapped for UMEM_MARK_TOUCH
+ * @nr_logged: granules that came into the log of writes
  * @blocked_ns: nanoseconds that faults have slept, of all threads together
  * @latency: sleeps that ended with the granule there, by their length: bucket i
  *	holds those from 2^i up to 2^(i+1) microseconds, the first one also what
@@ -443,9 +445,10 @@ struct umem_stats {
 	__u64 nr_poisoned;
 	__u64 nr_discarded;
 	__u64 nr_touched;
+	__u64 nr_logged;
 	__u64 blocked_ns;
 	__u64 latency[UMEM_LATENCY_BUCKETS];
-	__u64 reserved[2];
+	__u64 reserved;
 };
 
 /*
@@ -454,5 +457,64 @@ struct umem_stats {
  * Errors: EFAULT, ENODEV (fenced), ENXIO (before UMEM_INIT).
  */
 #define UMEM_GET_STATS	_IOR(UMEM_IOC_MAGIC, 23, struct umem_stats)
+
+/**
+ * struct umem_dirty_log - argument of UMEM_SET_DIRTY_LOG
+ * @on: one or zero
+ * @reserved: must be zero
+ */
+struct umem_dirty_log {
+	__u32 on;
+	__u32 reserved;
+};
+
+/*
+ * UMEM_SET_DIRTY_LOG has the driver note from now on which granules consumers write
+ * to, through whatever mapping and by whatever means, and discard.  It costs them a
+ * fault at the first write to a page after each reading.  What was written before
+ * the call returned may be in the log too; the server's own writes are not.  The log
+ * ends with the server; one that takes over by UMEM_REATTACH_FORCE finds it on, without
+ * what its predecessor had read.
+ *
+ * What is pinned for long (VFIO, RDMA, registered buffers of io_uring) is in every
+ * reading.  Since Linux 6.5 the kernel refuses to pin what was not written since the last
+ * reading: EFAULT or EOPNOTSUPP.
+ *
+ * Errors: EBUSY (it is on already), EAGAIN (a mapping is just being made or copied:
+ * call again), EINVAL, EINTR, ENOMEM, ENFILE, EFAULT, ENODEV (fenced), ENXIO (before
+ * UMEM_INIT).
+ */
+#define UMEM_SET_DIRTY_LOG	_IOW(UMEM_IOC_MAGIC, 24, struct umem_dirty_log)
+
+/* Clear nothing. */
+#define UMEM_DIRTY_PEEK		_BITULL(0)
+
+/**
+ * struct umem_dirty - argument of UMEM_GET_DIRTY
+ * @words: in: user address of an array of __u64; bit b of word w stands for
+ *	granule @first + 64 * w + b, bits past the last granule are zero
+ * @first: in: number of the first granule, a multiple of 64
+ * @nr_words: in: words wanted
+ * @flags: in: zero or UMEM_DIRTY_PEEK
+ * @nr_dirty: out: how many bits of @words are set
+ */
+struct umem_dirty {
+	__u64 words;
+	__u64 first;
+	__u32 nr_words;
+	__u32 flags;
+	__u64 nr_dirty;
+};
+
+/*
+ * UMEM_GET_DIRTY reads the log of a range and clears it, in one step for each
+ * granule: what was written before is to be seen in the backing file when the call
+ * has returned, what is written after it was cleared is in the next reading.
+ *
+ * Errors: ENODATA (the log is off), EINVAL (first, nr_words past the last granule's,
+ * flags), EINTR (killed), ENOMEM, EFAULT, ENODEV (fenced), ENXIO (before UMEM_INIT).  With
+ * one of these all bits that this call did not write to @words are in the next reading.
+ */
+#define UMEM_GET_DIRTY		_IOWR(UMEM_IOC_MAGIC, 25, struct umem_dirty)
 
 #endif /* _UAPI_LINUX_UMEM_H */
