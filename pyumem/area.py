@@ -13,16 +13,21 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from pyumem import uapi
 from pyumem.errors import DriverError
 from pyumem.uapi import PAGE_SIZE, AreaInfo, AreaStats, Created, MarkBuffer, RequestBuffer
 
 _ALL: Final = (1 << 64) - 1
+_T = TypeVar("_T")
+_AGAIN: Final = 100
+_AGAIN_S: Final = 0.01
+
 REQUESTS_AT_ONCE: Final = 256
 """Requests that one call of Area.requests() takes at most."""
 
@@ -30,6 +35,18 @@ REQUESTS_AT_ONCE: Final = 256
 def node_path(area_id: int) -> str:
     """Return the path of an area's node."""
     return f"/dev/umem{area_id}"
+
+
+def _try_again(call: Callable[[], _T]) -> _T:
+    """Do what fails with EAGAIN while some process forks, or maps the area."""
+    for _ in range(_AGAIN):
+        try:
+            return call()
+        except DriverError as e:
+            if e.errno != errno.EAGAIN:
+                raise
+        time.sleep(_AGAIN_S)
+    return call()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +80,7 @@ class Area:
         self.shmem_fd = created.shmem_fd
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
+        self._dirty: uapi.DirtyBuffer | None = None
         self._requests = RequestBuffer(requests_at_once, area=name)
         self._marks = MarkBuffer(area=name)
 
@@ -282,6 +300,26 @@ class Area:
         shared memory.  Raises DriverError: EBUSY before that.
         """
         uapi.make_vma_anonymous(self.server_fd, area=self.name)
+
+    # --- the log of writes ---
+
+    def set_dirty_log(self, on: bool) -> None:
+        """Have the driver note which granules consumers write to, see uapi.set_dirty_log().
+
+        A mapping that is just being made is waited for.  Raises DriverError: EBUSY (it does
+        already), ENOMEM.
+        """
+        _try_again(lambda: uapi.set_dirty_log(self.server_fd, on, area=self.name))
+
+    def dirty(self, *, clear: bool = True) -> tuple[array.array[int], int]:
+        """Return the log, 64 granules to a word, and how many granules it has; clear it.
+
+        The words are valid until the next call.  Raises DriverError: ENODATA (it is off).
+        """
+        if self._dirty is None:
+            self._dirty = uapi.DirtyBuffer(self.size // self.granule_size, area=self.name)
+        buffer = self._dirty
+        return buffer.words, buffer.read(self.server_fd, clear=clear)
 
     # --- the end ---
 
