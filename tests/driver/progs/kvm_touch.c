@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * kvm_touch NODE NPAGES irqchip|plain: a virtual machine of a few instructions
+ * kvm_touch NODE NPAGES irqchip|plain [write]: a virtual machine of a few instructions
  * whose memory is an area.  Its processor, in real mode, reads the first word of
  * one page after the other and writes it to an I/O port; each is checked here
  * and told on stdout.
@@ -9,10 +9,14 @@
  * wait for a missing page itself: it asks with FAULT_FLAG_RETRY_NOWAIT, halts the
  * processor, and has a kernel thread wait.  Without one the processor's thread
  * waits in the fault.
+ *
+ * With "write" it writes, to the pages whose numbers come on stdin, a value with each; it
+ * says so when it has done that.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,6 +38,14 @@ static const uint8_t code[] = {
 	0x66, 0xE7, 0x10,		/* out 0x10, eax */
 	0x81, 0xC3, 0x00, 0x01,		/* add bx, PAGE >> 4 */
 	0xEB, 0xF1,			/* jmp next */
+};
+
+static const uint8_t writing_code[] = {
+	0xFB,				/* sti */
+	0x66, 0xE5, 0x10,		/* next: in eax, 0x10 */
+	0x8E, 0xD8,			/* mov ds, ax */
+	0x66, 0xA3, 0x00, 0x00,		/* mov [0], eax */
+	0xEB, 0xF5,			/* jmp next */
 };
 
 static int call(int fd, unsigned long number, void *arg, const char *what)
@@ -58,6 +70,32 @@ static void on_bus_error(int sig, siginfo_t *info, void *context)
 	_exit(0);
 }
 
+static void run_to_port(int cpu, const struct kvm_run *run, int direction)
+{
+	call(cpu, KVM_RUN, NULL, "KVM_RUN");
+	if (run->exit_reason != KVM_EXIT_IO || run->io.direction != direction) {
+		fprintf(stderr, "exit reason %u\n", run->exit_reason);
+		exit(2);
+	}
+}
+
+/* Its data segment is in the lower half of what it writes, the value in the upper one. */
+static int write_pages(int cpu, struct kvm_run *run, unsigned long npages)
+{
+	unsigned long value;
+
+	run_to_port(cpu, run, KVM_EXIT_IO_IN);
+	printf("running\n");
+	while (scanf("%lu %lu", &page, &value) == 2 && page < npages) {
+		uint32_t word = value << 16 | (AREA + page * PAGE) >> 4;
+
+		memcpy((char *)run + run->io.data_offset, &word, 4);
+		run_to_port(cpu, run, KVM_EXIT_IO_IN);
+		printf("%lu written\n", page);
+	}
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	struct sigaction bus_error = { .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO };
@@ -69,7 +107,9 @@ int main(int argc, char **argv)
 	struct kvm_run *run;
 	void *low, *area;
 
-	if (argc != 4)
+	bool writes = argc == 5 && !strcmp(argv[4], "write");
+
+	if (argc != 4 && !writes)
 		return 2;
 	npages = strtoul(argv[2], NULL, 0);
 	if (npages > MOST)
@@ -82,7 +122,10 @@ int main(int argc, char **argv)
 		perror("setup");
 		return 2;
 	}
-	memcpy((char *)low + CODE, code, sizeof(code));
+	if (writes)
+		memcpy((char *)low + CODE, writing_code, sizeof(writing_code));
+	else
+		memcpy((char *)low + CODE, code, sizeof(code));
 
 	vm = call(kvm, KVM_CREATE_VM, NULL, "KVM_CREATE_VM");
 	if (!strcmp(argv[3], "irqchip"))
@@ -109,15 +152,13 @@ int main(int argc, char **argv)
 
 	sigaction(SIGBUS, &bus_error, NULL);
 	setvbuf(stdout, NULL, _IOLBF, 0);
+	if (writes)
+		return write_pages(cpu, run, npages);
 	printf("running\n");
 	for (page = 0; page < npages; page++) {
 		uint32_t got, expected = (page + 1) * 0x9E3779B97F4A7C15UL;
 
-		call(cpu, KVM_RUN, NULL, "KVM_RUN");
-		if (run->exit_reason != KVM_EXIT_IO) {
-			fprintf(stderr, "exit reason %u\n", run->exit_reason);
-			return 2;
-		}
+		run_to_port(cpu, run, KVM_EXIT_IO_OUT);
 		memcpy(&got, (char *)run + run->io.data_offset, 4);
 		printf("%lu %s\n", page, got == expected ? "good" : "bad");
 		bad |= got != expected;

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * vhost NODE PAGE: have the kernel's vhost-net send a frame that lies in a page of an
+ * vhost NODE PAGE [RINGS]: have the kernel's vhost-net send a frame that lies in a page of an
  * area, so that its thread, and not one of ours, touches the page.
  *
  * Says "goes" when the frame is in the queue, then the frame as it came out of the tap
  * device, in hexadecimal.
+ *
+ * With RINGS the queue lies in the area too, in the four pages from that one on, of which
+ * the kernel alone writes the second; for each line on stdin the frame goes again.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -56,6 +59,37 @@ static int open_tap(int *index)
 	return tap;
 }
 
+static void show_frame(int raw)
+{
+	unsigned char frame[2048];
+	struct pollfd poller;
+	ssize_t len;
+
+	for (;;) {
+		poller = (struct pollfd){ raw, POLLIN, 0 };
+		if (poll(&poller, 1, -1) != 1)
+			die("poll");
+		len = recv(raw, frame, sizeof(frame), 0);
+		/* The kernel has something to say on a new network, too. */
+		if (len == FRAME)
+			break;
+	}
+	for (len = 0; len < FRAME; len++)
+		printf("%02x", frame[len]);
+	printf("\n");
+}
+
+/* Put the frame into the queue once more. */
+static void send_frame(struct vring *vring, int kick)
+{
+	uint16_t next = vring->avail->idx;
+
+	vring->avail->ring[next % ENTRIES] = 0;
+	__atomic_store_n(&vring->avail->idx, next + 1, __ATOMIC_RELEASE);
+	if (eventfd_write(kick, 1))
+		die("kick");
+}
+
 int main(int argc, char **argv)
 {
 	struct vhost_vring_file file = { .index = TX };
@@ -63,22 +97,23 @@ int main(int argc, char **argv)
 	struct vhost_memory *memory = calloc(1, sizeof(*memory) + 2 * sizeof(*memory->regions));
 	struct sockaddr_ll address = { .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_ALL) };
 	struct vhost_vring_addr addr = { .index = TX };
-	unsigned char frame[2048];
 	struct vring vring;
-	char *base, *rings;
+	char *base, *rings, line[8];
 	uint64_t features = 0;
 	int node, vhost, tap, raw, kick;
-	struct pollfd poller;
 	off_t size;
-	ssize_t len;
 
-	if (argc != 3)
+	if (argc != 3 && argc != 4)
 		return 2;
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	node = open(argv[1], O_RDWR);
 	size = lseek(node, 0, SEEK_END);
 	base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, node, 0);
-	rings = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (argc > 3)
+		rings = base + strtoul(argv[3], NULL, 0) * PAGE;
+	else
+		rings = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (node < 0 || base == MAP_FAILED || rings == MAP_FAILED)
 		die(argv[1]);
 
@@ -93,7 +128,7 @@ int main(int argc, char **argv)
 	    ioctl(vhost, VHOST_SET_FEATURES, &features))
 		die("vhost");
 	/* The guest's addresses are ours. */
-	memory->nregions = 2;
+	memory->nregions = argc > 3 ? 1 : 2;
 	memory->regions[0].guest_phys_addr = memory->regions[0].userspace_addr = (uintptr_t)base;
 	memory->regions[0].memory_size = size;
 	memory->regions[1].guest_phys_addr = memory->regions[1].userspace_addr = (uintptr_t)rings;
@@ -101,6 +136,7 @@ int main(int argc, char **argv)
 	if (ioctl(vhost, VHOST_SET_MEM_TABLE, memory))
 		die("memory table");
 
+	memset(rings, 0, 4 * PAGE);
 	vring_init(&vring, ENTRIES, rings, PAGE);
 	state.num = ENTRIES;
 	addr.desc_user_addr = (uintptr_t)vring.desc;
@@ -125,23 +161,13 @@ int main(int argc, char **argv)
 	vring.desc[0].next = 1;
 	vring.desc[1].addr = (uintptr_t)base + strtoul(argv[2], NULL, 0) * PAGE;
 	vring.desc[1].len = FRAME;
-	vring.avail->ring[0] = 0;
-	__atomic_store_n(&vring.avail->idx, 1, __ATOMIC_RELEASE);
-	if (eventfd_write(kick, 1))
-		die("kick");
+	send_frame(&vring, kick);
 	printf("goes\n");
 
-	for (;;) {
-		poller = (struct pollfd){ raw, POLLIN, 0 };
-		if (poll(&poller, 1, -1) != 1)
-			die("poll");
-		len = recv(raw, frame, sizeof(frame), 0);
-		/* The kernel has something to say on a new network, too. */
-		if (len == FRAME)
-			break;
+	show_frame(raw);
+	while (argc > 3 && fgets(line, sizeof(line), stdin)) {
+		send_frame(&vring, kick);
+		show_frame(raw);
 	}
-	for (len = 0; len < FRAME; len++)
-		printf("%02x", frame[len]);
-	printf("\n");
 	return 0;
 }
