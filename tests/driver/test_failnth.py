@@ -44,6 +44,8 @@ MUST_FAIL = (
     "UMEM_GET_STATS",
     "UMEM_SET_LOSS_POLICY",
     "UMEM_MAKE_VMA_ANONYMOUS",
+    "UMEM_SET_DIRTY_LOG on",
+    "UMEM_GET_DIRTY",
     "write",
     "open of a node",
     "mmap of a node",

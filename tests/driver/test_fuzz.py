@@ -20,7 +20,8 @@ SECONDS = int(os.environ.get("UMEM_FUZZ_SECONDS", "10"))
 SEED = int(os.environ.get("UMEM_FUZZ_SEED", str(int(time.time()))))
 
 # A call of which nearly all are refused, or that all succeed, was not tried with both.
-BOTH = ("create", "list", "reattach", "get", "mark", "info", "bitmap", "read", "write", "mmap")
+BOTH = ["create", "list", "reattach", "get", "mark", "info", "bitmap", "read", "write", "mmap"]
+BOTH += ["log", "dirty"]
 
 
 @pytest.mark.timeout(SECONDS + 200)

@@ -144,7 +144,7 @@ def test_everything_at_once() -> None:
     print(counts)
     assert counts["bad"] == 0
     assert counts["rounds"] > SECONDS // (4 * SLOW)
-    often = ["ops", "requests", "reattached", "killed", "plain", "locked", "poisoned"]
+    often = ["ops", "requests", "reattached", "killed", "plain", "locked", "poisoned", "logged"]
     # A mutex is not often held by somebody who is killed, nor a page hit before it is served.
     rarely = ["orphans", "poison_hits"] if SECONDS >= 120 else []
     assert all(counts[key] > 0 for key in often + rarely), counts

@@ -405,6 +405,34 @@ static int call_plain(void)
 	return result(ioctl(at.server, UMEM_MAKE_VMA_ANONYMOUS));
 }
 
+static int call_log_on(void)
+{
+	struct umem_dirty_log log = { .on = 1 };
+
+	return result(ioctl(at.server, UMEM_SET_DIRTY_LOG, &log));
+}
+
+static void prepare_log(void)
+{
+	prepare_complete();
+	must(!call_log_on(), "UMEM_SET_DIRTY_LOG");
+}
+
+static int call_log_off(void)
+{
+	struct umem_dirty_log log = { .on = 0 };
+
+	return result(ioctl(at.server, UMEM_SET_DIRTY_LOG, &log));
+}
+
+static int call_dirty(void)
+{
+	unsigned long words[NPAGES / 64];
+	struct umem_dirty dirty = { .words = (unsigned long)words, .nr_words = NPAGES / 64 };
+
+	return result(ioctl(at.server, UMEM_GET_DIRTY, &dirty));
+}
+
 static int call_stats(void)
 {
 	struct umem_stats stats;
@@ -558,6 +586,9 @@ static const struct {
 	{ "UMEM_MARK_PAGE_POISONED", prepare_map, call_poison },
 	{ "UMEM_GET_BITMAP", prepare_area, call_bitmap },
 	{ "UMEM_MAKE_VMA_ANONYMOUS", prepare_complete, call_plain },
+	{ "UMEM_SET_DIRTY_LOG on", prepare_complete, call_log_on },
+	{ "UMEM_SET_DIRTY_LOG off", prepare_log, call_log_off },
+	{ "UMEM_GET_DIRTY", prepare_log, call_dirty },
 	{ "UMEM_GET_STATS", prepare_area, call_stats },
 	{ "read", prepare_discarded, call_read },
 	{ "write", prepare_map, call_write },

@@ -76,14 +76,16 @@ enum op {
 	OP_CREATE, OP_INIT, OP_LIST, OP_REATTACH, OP_GET, OP_MARK, OP_POISON, OP_INFO,
 	OP_LOSS, OP_BITMAP, OP_PLAIN, OP_STATS, OP_READ, OP_WRITE, OP_POLL, OP_GARBAGE,
 	OP_MMAP, OP_MUNMAP, OP_MREMAP, OP_MPROTECT, OP_MADVISE, OP_MLOCK, OP_FALLOCATE,
-	OP_TRUNCATE, OP_TOUCH, OP_STORE, OP_KERNEL, OP_FORK, OP_CLOSE, OP_OPEN, NR_OPS
+	OP_TRUNCATE, OP_TOUCH, OP_STORE, OP_KERNEL, OP_FORK, OP_CLOSE, OP_OPEN, OP_LOG,
+	OP_DIRTY, NR_OPS
 };
 
 static const char *const op_names[NR_OPS] = {
 	"create", "init", "list", "reattach", "get", "mark", "poison", "info",
 	"loss", "bitmap", "plain", "stats", "read", "write", "poll", "garbage",
 	"mmap", "munmap", "mremap", "mprotect", "madvise", "mlock", "fallocate",
-	"truncate", "touch", "store", "kernel", "fork", "close", "open",
+	"truncate", "touch", "store", "kernel", "fork", "close", "open", "log",
+	"dirty",
 };
 
 /* What all processes share. */
@@ -943,6 +945,68 @@ static void do_plain(struct worker *w, const struct slot *s)
 	judge_ioctl(OP_PLAIN, !ret, kind, ERRORS(EBUSY, EAGAIN, SERVER_ERRORS));
 }
 
+static void do_log(struct worker *w, const struct slot *s)
+{
+	struct umem_dirty_log arg = { .on = roll(w, 3) > 0 };
+	enum kind kind;
+	int fd = any_fd(w, s, &kind, SERVER), ret;
+
+	if (!roll(w, 12))
+		arg.reserved = garbage(w);
+	if (!roll(w, 12))
+		arg.on = garbage(w);
+	ret = ioctl(fd, UMEM_SET_DIRTY_LOG, roll(w, 16) ? &arg : odd_pointer(w));
+	judge_ioctl(OP_LOG, !ret, kind, ERRORS(EINVAL, EBUSY, EAGAIN, ENFILE, SERVER_ERRORS));
+}
+
+static void do_dirty(struct worker *w, const struct slot *s)
+{
+	uint64_t words[MAX_PAGES / 64 + 2], granules = s->npages >> s->order, set = 0;
+	uint64_t all = (granules + 63) / 64, first = roll(w, all + 1);
+	struct umem_dirty arg = {
+		.words = (uintptr_t)words,
+		.first = first * 64,
+		.nr_words = roll(w, all - first + 1),
+		.flags = roll(w, 4) ? 0 : UMEM_DIRTY_PEEK,
+		.nr_dirty = garbage(w),
+	};
+	bool right = false;
+	enum kind kind;
+	int fd = any_fd(w, s, &kind, SERVER), ret;
+	uint32_t n;
+
+	switch (roll(w, 12)) {
+	case 0:
+		arg.first = garbage(w);
+		break;
+	case 1:
+		arg.nr_words += roll(w, 3);
+		break;
+	case 2:
+		arg.flags = garbage(w);
+		break;
+	case 3:
+		arg.words = (uintptr_t)odd_pointer(w);
+		break;
+	case 4:
+		arg.nr_words = garbage(w);
+		arg.words = 0;
+		break;
+	default:
+		right = true;
+	}
+	ret = ioctl(fd, UMEM_GET_DIRTY, roll(w, 20) ? (void *)&arg : bad_pointer(w));
+	if (!judge_ioctl(OP_DIRTY, !ret, kind, ERRORS(EINVAL, ENODATA, SERVER_ERRORS)) ||
+	    kind != SERVER || !right)
+		return;
+	for (n = 0; n < arg.nr_words; n++)
+		set += __builtin_popcountl(words[n]);
+	if (set != arg.nr_dirty)
+		complain("dirty: %lu bits, it says %llu", set, arg.nr_dirty);
+	if (granules % 64 && n && first + n == all && words[n - 1] >> granules % 64)
+		complain("dirty: bits past the end: %lx", words[n - 1]);
+}
+
 static void do_stats(struct worker *w, const struct slot *s)
 {
 	uint64_t granules = s->npages >> s->order;
@@ -996,7 +1060,7 @@ static void do_garbage(struct worker *w, const struct slot *s)
 	}
 	errno = 0;
 	judge(OP_GARBAGE, !ioctl(fd, request, room),
-	      ERRORS(ENOTTY, EINVAL, EAGAIN, EINTR, EBUSY, SERVER_ERRORS), kind_names[kind]);
+	      ERRORS(ENOTTY, EINVAL, EAGAIN, EINTR, EBUSY, ENODATA, ENFILE, SERVER_ERRORS), kind_names[kind]);
 }
 
 /* ---- memory ---- */
@@ -1540,6 +1604,12 @@ static void one_thing(struct worker *w)
 		break;
 	case 59:
 		do_truncate(w, &s);
+		break;
+	case 60:
+		do_log(w, &s);
+		break;
+	case 61 ... 62:
+		do_dirty(w, &s);
 		break;
 	default:
 		do_touch(w);

@@ -8,7 +8,8 @@
  * pages, fork; some are killed in the middle.  Lanes, threads of this process,
  * serve it: one answers requests, the others fill ahead of time, and they mark
  * ranges that overlap, some of them straight into page tables.  Now and then all lanes
- * are replaced by re-attaching.  A complete area is made plain, under everybody's feet.
+ * are replaced by re-attaching.  A complete area is made plain, under everybody's feet,
+ * and one lane switches the log of writes on, reads it, and switches it off.
  *
  * As in the kernel's uffd-stress each page holds a mutex and a counter, so that all of
  * what a mutex needs, atomic operations and futexes, meets pages that are missing.
@@ -49,7 +50,7 @@
 #define MAX_PAGES 1200
 #define NR_CONSUMERS 3
 #define NR_THREADS 3
-#define NR_LANES 3
+#define NR_LANES 4
 #define COUNTER 7	/* the word of a page in which consumers count */
 #define MUTEX 16	/* the first word of a mutex */
 #define LOCKED 26	/* the word that it protects, */
@@ -92,6 +93,7 @@ static struct {
 enum { FREE, CLAIMED, MARKED };
 
 static unsigned long nr_rounds, nr_killed, nr_reattached, nr_requests, nr_plain, nr_poisoned;
+static unsigned long nr_logged;
 static pthread_mutex_t new_mutex;	/* as it is in a page that was just filled */
 
 static void die(const char *what)
@@ -258,13 +260,53 @@ static void *background_lane(void *arg)
 	return NULL;
 }
 
+/* The log of writes, on and off; whether it misses any is for dirty.c. */
+static void *log_lane(void *arg)
+{
+	unsigned int state = (uintptr_t)arg;
+	uint64_t words[(MAX_PAGES + 63) / 64];
+
+	while (!area.lanes_stop) {
+		struct umem_dirty_log log = { .on = roll(&state, 2) };
+		struct umem_dirty dirty = {
+			.words = (uintptr_t)words,
+			.nr_words = (area.npages + 63) / 64,
+		};
+		unsigned long set = 0;
+
+		if (!roll(&state, 3) && ioctl(area.server_fd, UMEM_SET_DIRTY_LOG, &log)) {
+			if (errno == ENODEV)
+				return NULL;
+			if (errno != EBUSY && errno != EAGAIN)
+				die("log");
+		}
+		if (ioctl(area.server_fd, UMEM_GET_DIRTY, &dirty)) {
+			if (errno == ENODEV)
+				return NULL;
+			if (errno != ENODATA)
+				die("dirty");
+		} else {
+			for (unsigned int n = 0; n < dirty.nr_words; n++)
+				set += __builtin_popcountl(words[n]);
+			if (set != dirty.nr_dirty)
+				complain("nr_dirty", set, dirty.nr_dirty);
+			__atomic_add_fetch(&nr_logged, set, __ATOMIC_RELAXED);
+		}
+		usleep(roll(&state, 3000));
+	}
+	return NULL;
+}
+
+static void *(*const lane_kinds[NR_LANES])(void *) = {
+	request_lane, background_lane, background_lane, log_lane,
+};
 static pthread_t lanes[NR_LANES];
 
 static void start_lanes(unsigned int *state)
 {
 	area.lanes_stop = 0;
 	for (int n = 0; n < NR_LANES; n++)
-		if (pthread_create(&lanes[n], NULL, n ? background_lane : request_lane,
+		if (pthread_create(&lanes[n], NULL, lane_kinds[n],
 				   (void *)(uintptr_t)rand_r(state)))
 			die("pthread_create");
 }
@@ -674,8 +716,8 @@ int main(int argc, char **argv)
 		round_of_stress(&state);
 	expect_none();
 	printf("rounds=%lu ops=%lu requests=%lu reattached=%lu killed=%lu plain=%lu poisoned=%lu "
-	       "poison_hits=%lu locked=%lu orphans=%lu bad=%lu\n", nr_rounds, shared->ops,
+	       "poison_hits=%lu locked=%lu orphans=%lu logged=%lu bad=%lu\n", nr_rounds, shared->ops,
 	       nr_requests, nr_reattached, nr_killed, nr_plain, nr_poisoned, shared->poison_hits,
-	       shared->locked, shared->orphans, shared->bad);
+	       shared->locked, shared->orphans, nr_logged, shared->bad);
 	return shared->bad != 0;
 }
