@@ -165,6 +165,10 @@ test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driv
 bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults against userfaultfd, in the VM (KERNEL= CPUS= ROUNDS=)
 	@$(PY) -m bench.fault.run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --rounds $(ROUNDS)
 
+.PHONY: bench-dirty
+bench-dirty: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure the log of writes, in the VM (KERNEL= CPUS= ROUNDS=)
+	@$(PY) -m bench.dirty.run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --rounds $(ROUNDS)
+
 .PHONY: lint
 lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(STAMPS)/packaging $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, coccinelle, dkms ...
 	@scripts/lint.sh
