@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from pyumem import runtime
 log = logging.getLogger(__name__)
 
 FILESYSTEM = "umem"
+_FIRST_INO = 2
+"""UMEM_FIRST_INO of the driver: what an area's number and its file's inode number differ by."""
 
 
 def mounts() -> dict[Path, int]:
@@ -38,6 +41,15 @@ def mounts() -> dict[Path, int]:
 def is_area_file(status: os.stat_result) -> bool:
     """Tell whether that is a file of the file system."""
     return status.st_dev in mounts().values()
+
+
+def area_number(fd: int) -> int | None:
+    """Return the N of /dev/umemN that an open node or area's file is of; None for anything else."""
+    status = os.fstat(fd)
+    if stat.S_ISCHR(status.st_mode):
+        at = Path(f"/sys/dev/char/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}").resolve()
+        return int(at.name.removeprefix("umem")) if at.parent.name == "umem" else None
+    return status.st_ino - _FIRST_INO if is_area_file(status) else None
 
 
 class AreaDirectory:

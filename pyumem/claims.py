@@ -25,6 +25,7 @@ _PACE_AT: Final = 8
 _FREE: Final = b"\0"
 _EIGHT_SLOTS: Final = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
 """The slots that a byte of a bitmap stands for."""
+_FREE_DIGITS: Final = bytes.maketrans(b"\0\1", b"10")
 UNPACED: Final = (1 << 64) - 1
 """A pace without a limit; 0 is a pause."""
 
@@ -169,6 +170,14 @@ class ClaimMap:
         byte on: 1 is claimed.  Only while no lane claims.
         """
         self.memory.map[_HEAD + start : _HEAD + start + count] = spread(bits)[:count]
+
+    def take_free(self) -> int:
+        """Claim every free slot, and return them as a whole number with a bit for each slot."""
+        data = self.memory.map
+        with self._lock:
+            found = bytes(memoryview(data)[_HEAD : _HEAD + self.slots.total])
+            data[_HEAD : _HEAD + self.slots.total] = b"\1" * self.slots.total
+        return int(found.translate(_FREE_DIGITS)[::-1], 2)
 
     def _find_free(self, cursor: int) -> int | None:
         data = self.memory.map

@@ -43,7 +43,7 @@ from pyumem.lanes.link import tune
 from pyumem.lanes.room import Room, groups_of
 from pyumem.qemu import Qemu
 from pyumem.recovery import Fate, Verdict, tell_have
-from pyumem.release import CONFIRM_S
+from pyumem.release import CONFIRM_S, runs
 from pyumem.report import Progress, State, arrival_report, totals_of
 from pyumem.stats import StatsBlock, Totals
 from pyumem.tls import LaneSecurity
@@ -58,6 +58,7 @@ _BYE_S: Final = 10.0
 _MEMORY_LOOK_S: Final = 1.0
 """Seconds between two looks whether the lanes wait for memory: longer than one wait of theirs."""
 _INMIGRATE_S: Final = 10.0
+_ROUNDS_S: Final = 60.0
 
 
 class Phase(StrEnum):
@@ -135,6 +136,9 @@ class Migration:
         self.starved = ""
         """What there is too little of for more pages, while the lanes wait for it."""
         self._complete = False
+        self._clean = len(target.areas) if resumed else 0
+        """Areas of which CLEAN was said."""
+        self._clean_pgoff = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._driver = DriverCounts()
@@ -173,6 +177,7 @@ class Migration:
     def progress(self) -> Progress:
         """Return how far it is."""
         urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
+        rounds = self._totals(Lane.PRECOPY)
         return Progress(
             state=self.state,
             pages_total=self._arrivals.slots.total,
@@ -180,7 +185,7 @@ class Migration:
             pages_background=background.pages,
             pages_zero=urgent.zero_pages + background.zero_pages,
             pages_uncounted=self._uncounted,
-            bytes_moved=urgent.bytes_received + background.bytes_received,
+            bytes_moved=urgent.bytes_received + background.bytes_received + rounds.bytes_received,
             elapsed_s=round(time.monotonic() - self._started, 3),
         )
 
@@ -260,7 +265,7 @@ class Migration:
         name = f"{hello.lane.value} lane {hello.index} of {self._target.name}"
         worker = Worker(name, StatsBlock.create(name), self._worker_failed)
         compression = accept(hello)
-        module = "destination_urgent" if hello.lane is Lane.URGENT else "destination_background"
+        module = f"destination_{hello.lane.value}"
         with contextlib.closing(link.detach()) as sock:
             tune(sock, urgent=hello.lane is Lane.URGENT)
             fds = [sock.fileno(), *self._arrivals.fds]
@@ -304,7 +309,10 @@ class Migration:
 
     @property
     def _missing_lanes(self) -> int:
-        return 1 + self.hello.background_lanes - sum(map(bool, self._lanes.values()))
+        announced = 1 + self.hello.background_lanes
+        if not self._resumed:
+            announced += self.hello.precopy_lanes
+        return announced - sum(map(bool, self._lanes.values()))
 
     def _lane_problem(self, hello: Hello) -> str:
         if hello.session != self.hello.session:
@@ -315,6 +323,10 @@ class Migration:
             return "there is one urgent lane"
         if hello.lane is Lane.BACKGROUND and hello.index >= self.hello.background_lanes:
             return f"background lane {hello.index}, {self.hello.background_lanes} were announced"
+        if hello.lane is Lane.PRECOPY and (
+            self._resumed or hello.index >= self.hello.precopy_lanes
+        ):
+            return f"pre-copy lane {hello.index}, {self.hello.precopy_lanes} were announced"
         if (hello.lane, hello.index) in self._lanes:
             return f"there is a {hello.lane} lane {hello.index} already"
         return ""
@@ -482,7 +494,9 @@ class Migration:
             match header.kind:
                 case Kind.DEVICE if self._takes_device and payload:
                     await self._device(payload)
-                case Kind.DEVICE_END if self._takes_device and self._stream:
+                case Kind.CLEAN if self._takes_clean:
+                    await self._take_clean(header, payload)
+                case Kind.DEVICE_END if self._takes_device and self._stream and self._knows_clean:
                     self._loading = True
                     self._spawn(self._load(), "load device state")
                 case Kind.COMMIT if self._broken.done():
@@ -504,6 +518,51 @@ class Migration:
                         f"{self.peer}: {kind.name} out of turn (state {self.state})"
                     )
         raise LinkError(f"{self.peer}: the source closed the control lane")
+
+    @property
+    def _knows_clean(self) -> bool:
+        """Tell whether nothing more is to be said of pages that came in rounds of pre-copy."""
+        return not self.hello.precopy_lanes or self._clean == len(self._target.areas)
+
+    @property
+    def _takes_clean(self) -> bool:
+        return self._takes_device and not self._knows_clean
+
+    async def _take_clean(self, header: wire.Header, bits: memoryview) -> None:
+        """Have what came in rounds of pre-copy, and is not stale, be seen.
+
+        In the order of areas and pages.  Not before all that the rounds sent is written: who marks
+        a page never writes it again.
+        """
+        area = self._target.areas[self._clean]
+        wire.check_bitmap(header, area.name, area.npages)
+        if (header.area, header.pgoff) != (self._clean, self._clean_pgoff):
+            raise ProtocolError(
+                f"{self.peer}: CLEAN from page {header.pgoff} of area number {header.area} on, "
+                f"page {self._clean_pgoff} of area {area.name} is next"
+            )
+        if not self._clean and not self._clean_pgoff:
+            await self._rounds_are_over()
+        await asyncio.to_thread(area.mark, runs(bits, header.pgoff, header.count))
+        self._arrivals.know_bits(self._arrivals.slots.slot(header.area, header.pgoff), bits, header)
+        self._clean_pgoff += header.count
+        if self._clean_pgoff == area.npages:
+            self._clean, self._clean_pgoff = self._clean + 1, 0
+        if self._knows_clean:
+            here = sum(one.info().nr_cached for one in self._target.areas)
+            self._uncounted += here - self.progress().pages_done
+
+    async def _rounds_are_over(self) -> None:
+        """Wait until every pre-copy lane has written all that came before its END."""
+        workers = [w for (lane, _), w in self._lanes.items() if lane is Lane.PRECOPY and w]
+        if len(workers) < self.hello.precopy_lanes:
+            raise ProtocolError(f"{self.peer}: CLEAN while pre-copy lanes are missing")
+        try:
+            async with asyncio.timeout(_ROUNDS_S):
+                for worker in workers:
+                    await worker.is_drained.wait()
+        except TimeoutError:
+            raise LinkError(f"{self.peer}: a pre-copy lane did not end") from None
 
     async def _device(self, piece: memoryview) -> None:
         """Pass a piece of device state on to QEMU, connecting at the first."""

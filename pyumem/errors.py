@@ -31,12 +31,6 @@ class UsageError(UmemError):
     exit_status = 2
 
 
-class NotSupportedError(UmemError):
-    """A known feature that this version does not have."""
-
-    exit_status = 5
-
-
 class CheckError(UmemError):
     """Something essential is missing on this host, or on this VM; the text names the fix."""
 

@@ -38,6 +38,7 @@ class Lane(StrEnum):
     CONTROL = "control"
     URGENT = "urgent"
     BACKGROUND = "background"
+    PRECOPY = "precopy"
 
 
 def valid_name(name: str) -> bool:
@@ -178,6 +179,8 @@ class Hello:
     """On the control lane: say every now and then, with HAVE, which pages have come."""
     compression: str = ""
     """On a background lane: how pages may come, if the destination takes it; empty for plain."""
+    precopy_lanes: int = 0
+    """On the control lane: so many lanes for rounds of pre-copy come too, and CLEAN after them."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -193,6 +196,7 @@ class Hello:
             "resume": self.resume,
             "confirm": self.confirm,
             "compression": self.compression,
+            "precopy_lanes": self.precopy_lanes,
         }
 
     @classmethod
@@ -220,6 +224,7 @@ class Hello:
             resume=flag(message, "resume"),
             confirm=flag(message, "confirm"),
             compression=_compression(message),
+            precopy_lanes=whole(message, "precopy_lanes", 0, MAX_LANES),
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """umem-qemu: runs stock QEMU with RAM that can be migrated by post-copy, and cleans up after it.
 
-    umem-qemu qemu-system-x86_64 -m 1G ...                                    RAM on a file of its
-    own
+    umem-qemu qemu-system-x86_64 -m 1G ...                                    RAM on an area of its
+    own, or on a file where the driver is not
     umem-qemu qemu-system-x86_64 -m 1G ... -postcopy -incoming tcp:0:4444     RAM on an area of
     `umemctl serve`
 
@@ -28,7 +28,7 @@ from typing import Final
 
 from pyumem import runtime
 from pyumem.control import ControlClient
-from pyumem.errors import CheckError, ControlError, UmemError, of_system
+from pyumem.errors import CheckError, ControlError, UmemError, UsageError, of_system
 from pyumem.hello import AreaSpec
 from pyumem.qemu_backends import Backend
 from pyumem.qemu_cmdline import Wish, parse, rewrite
@@ -51,10 +51,14 @@ Run stock QEMU so that its VM can leave this host, or come to it, by post-copy.
   QEMU                     a qemu-system-... binary; its own options stay as they are
   -postcopy                with -incoming: expect a VM by post-copy; `umemctl serve` must run
   -postcopy-flags 0|1      0: default; 1: map pages for the guest as they come
-  -incoming tcp:HOST:PORT  where to expect it; HOST 0 or empty is any address
+  -incoming tcp:HOST:PORT  where to expect it; HOST 0 is any address, none is loopback
 
 QEMU's QMP socket for `umemctl migrate` is $UMEM_RUNTIME_DIR/vm/NAME/qmp.sock (/run/umem for root),
 NAME being that of -name.
+
+UMEM_RAM=area|file|auto says what the RAM of a VM that may leave is: an area of the driver, which
+pre-copy needs, or a file, for `umemctl migrate -p` alone.  auto, the default, is an area if there
+is a driver that this user may use.
 
 Examples:
   umem-qemu qemu-system-x86_64 -name vm1 -m 1G -accel kvm -drive file=disk.qcow2
@@ -190,6 +194,61 @@ class RamFiles:
                 else:
                     runtime.remove_ram(path)
                     return
+
+
+class RamAreas:
+    """Areas of the driver that are a VM's RAM: pre-copy can tell what the guest writes to them.
+
+    Whole from the start, so nobody serves them; they live while this process or QEMU has them open.
+    """
+
+    def __init__(self, name: str, blocks: Sequence[Backend]) -> None:
+        """Make them.  Raises DriverError, UmemError, OSError."""
+        # Not at the top: it costs a start its time.
+        from pyumem.area import Area
+
+        self.paths: Final[dict[str, str]] = {}
+        self._fds: list[int] = []
+        try:
+            for block in blocks:
+                with Area.create(f"{name}.{block.id}", block.size) as area:
+                    area.mark([(0, area.npages)])
+                    in_directory = runtime.runtime_dir() / "areas" / area.name
+                    path = str(in_directory) if in_directory.exists() else area.node
+                    self._fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+                    self.paths[block.id] = path
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of them."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+def _make_areas(name: str, blocks: Sequence[Backend]) -> RamAreas | None:
+    """Return areas for a VM's RAM, or None where files have to do.
+
+    UMEM_RAM is area, file or auto, which is the default.  Raises UmemError when areas are wanted
+    and cannot be had.
+    """
+    wanted = os.environ.get("UMEM_RAM", "auto")
+    if wanted not in ("auto", "area", "file"):
+        raise UsageError(f"UMEM_RAM={wanted}: area, file or auto")
+    given = [block.id for block in blocks if block.mem_path]
+    if given and wanted == "area":
+        raise UsageError(f"UMEM_RAM=area, but the command line says where {given[0]} is to be")
+    if wanted == "file" or given or (wanted == "auto" and not os.access(DEVICE, os.R_OK | os.W_OK)):
+        return None
+    try:
+        return RamAreas(name, blocks)
+    except (UmemError, OSError) as e:
+        if wanted == "area":
+            raise
+        say(f"{e}: RAM is a file, so no pre-copy but only `umemctl migrate -p`")
+        return None
 
 
 def _refuse_lost(name: str) -> None:
@@ -339,11 +398,16 @@ def _launch(wish: Wish, signals: Signals) -> int:
             say(f"VM {name} is expected on {wish.postcopy_from}, its RAM is {where}")
         else:
             _refuse_lost(name)
-            ram = RamFiles(name, wish.blocks)
-            ram.create()
-            stack.callback(ram.remove_unless_served)
-            paths = ram.paths
-            say(f"VM {name}: umemctl migrate -p tcp:HOST:PORT --qmp {runtime.qmp_socket(name)}")
+            if areas := _make_areas(name, wish.blocks):
+                stack.callback(areas.close)
+                paths = areas.paths
+            else:
+                ram = RamFiles(name, wish.blocks)
+                ram.create()
+                stack.callback(ram.remove_unless_served)
+                paths = ram.paths
+            how = "--hybrid" if areas else "-p"
+            say(f"VM {name}: umemctl migrate {how} tcp:HOST:PORT --vm {name}")
         argv = rewrite(wish, name=name, paths=paths, qmp_path=str(runtime.qmp_socket(name)))
         status = _run_qemu(argv, signals, lock.fileno(), serve, name, sockets)
         moved = ram.moved if ram else runtime.has_left(name)

@@ -61,12 +61,14 @@ def _address_of(view: memoryview) -> int:
 class RamFile:
     """One RAM block of the source.  size is bytes, npages host pages.  A context manager."""
 
-    def __init__(self, fd: int, name: str, size: int) -> None:
+    def __init__(self, fd: int, name: str, size: int, *, live: bool = False) -> None:
         """Own fd from now on and map `size` bytes of it.
 
-        Raises UmemError when the file is too small.
+        live: the guest runs, so what was found to be a hole may be none a moment later.  Raises
+        UmemError when the file is too small.
         """
         self.fd = fd
+        self._live = live
         self.name: Final = name
         self.size: Final = size
         self.npages: Final = size // PAGE_SIZE
@@ -131,7 +133,7 @@ class RamFile:
 
     def _find_data_end(self, pgoff: int, end: int) -> int:
         """Return where the data that begins at `pgoff` ends, or `end` if that comes first."""
-        if end - pgoff <= _FEW:
+        if self._live or end - pgoff <= _FEW:
             stop = pgoff + 1
             while stop < end and self._seek(stop, os.SEEK_DATA, end) == stop:
                 stop += 1

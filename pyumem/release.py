@@ -8,7 +8,6 @@ punched out of the RAM file, and the host has its memory back before the migrati
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -17,17 +16,12 @@ from typing import Final, Self
 
 from pyumem.claims import spread
 from pyumem.errors import CheckError, of_system
+from pyumem.holes import punch
 from pyumem.qemu import RamBlock
 from pyumem.ram import PAGE_SIZE
 
 CONFIRM_S: Final = 2.0
 """Seconds between two HAVEs of the destination."""
-_FALLOC_FL_KEEP_SIZE: Final = 1
-_FALLOC_FL_PUNCH_HOLE: Final = 2
-
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fallocate.restype = ctypes.c_int
 
 
 class Release:
@@ -71,13 +65,13 @@ class Release:
         with memoryview(self._gone[area])[pgoff // 8 : pgoff // 8 + len(bits)] as gone:
             new = bytes(now & ~before for now, before in zip(bits, gone, strict=True))
             gone[:] = bytes(now | before for now, before in zip(new, gone, strict=True))
-        for first, count in _runs(new):
-            flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-            start = (pgoff + first) * PAGE_SIZE
-            if _fallocate(self._fds[area], flags, start, count * PAGE_SIZE):
-                number = ctypes.get_errno()
+        for first, count in runs(new, pgoff):
+            start = first * PAGE_SIZE
+            try:
+                punch(self._fds[area], start, count * PAGE_SIZE)
+            except OSError as e:
                 self.failed = True
-                raise of_system(OSError(number, os.strerror(number), self._ram[area].path))
+                raise of_system(OSError(e.errno, e.strerror, self._ram[area].path)) from None
             self.pages += count
 
     def close(self) -> None:
@@ -100,11 +94,16 @@ class Release:
         self.close()
 
 
-def _runs(bits: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the stretches of set bits: (first, count), the lowest bit of each byte first."""
-    pages = spread(bits)
+def runs(
+    bits: bytes | memoryview, pgoff: int = 0, count: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield the stretches of set bits: (first page, count), the lowest bit of each byte first.
+
+    pgoff is the page of the first bit; count, if given, how many of the bits count.
+    """
+    pages = spread(bits)[:count]
     at = 0
     while (first := pages.find(b"\1", at)) >= 0:
         at = pages.find(b"\0", first)
         at = len(pages) if at < 0 else at
-        yield first, at - first
+        yield pgoff + first, at - first

@@ -19,6 +19,7 @@ class State(StrEnum):
     """States of a migration, on either side."""
 
     SETUP = "setup"  # lanes are being connected
+    PRECOPY_ACTIVE = "precopy-active"  # rounds, while the VM runs at the source
     DEVICE = "device"  # device state is on its way; the VM may stop
     POSTCOPY_ACTIVE = "postcopy-active"  # committed: the VM runs at the destination, pages flow
     POSTCOPY_PAUSED = "postcopy-paused"  # committed, but pages do not flow: the guest waits
@@ -117,6 +118,8 @@ class Report:
     """Of pages_background: content that went compressed."""
     bytes_after_compression: int = 0
     device_state_bytes: int = 0
+    precopy: dict[str, Any] = field(default_factory=dict)
+    """Rounds of pre-copy, if there were any: see pyumem.precopy.Rounds."""
     recoveries: int = 0
     """How often it was taken up again after the commit."""
     guest_ended: str = ""

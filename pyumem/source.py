@@ -39,8 +39,10 @@ from pyumem.errors import (
     of_system,
 )
 from pyumem.hello import Lane, valid_name
+from pyumem.precopy import Precopy
 from pyumem.process import ProcessName
 from pyumem.qemu import SOURCE_CAPABILITIES, UNLIMITED_BANDWIDTH, Qemu
+from pyumem.ram import PAGE_SIZE
 from pyumem.report import Report, State
 from pyumem.serving import BUSY, WHY_NOT, Serving, hold_ram
 from pyumem.source_base import Plan
@@ -112,6 +114,10 @@ class Migration(Serving):
             lanes = self._new_lanes()
             await lanes.unless_broken(self._set_up(lanes))
             self.report.setup_s = round(time.monotonic() - self._started, 3)
+            if self._precopy:
+                self.state = State.PRECOPY_ACTIVE
+                self._tell(f"{self.vm}: pre-copy begins, it runs on here")
+                await lanes.unless_broken(self._precopy.run(lanes))
             issued = True
             await lanes.unless_broken(self._send_device_state(lanes, stack))
             self._last_look()
@@ -176,6 +182,8 @@ class Migration(Serving):
         for block in self._ram:
             self._ram_fds.append(hold_ram(block))
         qemu.identify({b.id: fd for b, fd in zip(self._ram, self._ram_fds, strict=True)})
+        if self._plan.precopy:
+            self._take_areas(self._plan.precopy)
         self._make_claims()
 
     async def _set_up(self, lanes: Lanes) -> None:
@@ -208,9 +216,11 @@ class Migration(Serving):
         await qemu.wait_migration("pre-switchover", "device", "completed")
         self._stopped_at = qemu.stopped_at or time.monotonic()
         qemu.resumed = False
-        lanes.go(Lane.URGENT)
         try:
             async with asyncio.timeout(_STILL_S):
+                if self._precopy:
+                    await self._end_rounds(self._precopy, lanes)
+                lanes.go(Lane.URGENT)
                 await qemu.execute("migrate-continue", state="pre-switchover")
                 await qemu.wait_migration("completed")
                 # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
@@ -223,6 +233,27 @@ class Migration(Serving):
                 f"{self._to}: has not loaded the device state after "
                 f"{_STILL_S:g} s, during which {self.vm} stood still"
             ) from None
+
+    async def _end_rounds(self, precopy: Precopy, lanes: Lanes) -> None:
+        """Tell what of the rounds may be seen: all that is not stale.  The VM stands still."""
+        assert self._claims is not None and lanes.link is not None
+        stale = await precopy.last_reading()
+        if precopy.finish_before_commit:
+            await precopy.send_rest(lanes, stale)
+            stale = 0
+        await precopy.end_lanes(lanes)
+        for index, bits in enumerate(precopy.clean(stale)):
+            npages = self._ram[index].size // PAGE_SIZE
+            base = self._claims.slots.slot(index, 0)
+            self._claims.know(base, npages, bits)
+            for at in range(0, len(bits), wire.MAX_BITMAP):
+                part = bits[at : at + wire.MAX_BITMAP]
+                count = min(8 * len(part), npages - 8 * at)
+                await lanes.link.send(wire.pack_bitmap(index, 8 * at, count, part, Kind.CLEAN))
+        precopy.known.remaining_pages = stale.bit_count()
+        self._count_anew(self._claims.claimed())
+        # Nobody writes any more, and the VM's end need not go through the driver.
+        await asyncio.to_thread(precopy.end_log)
 
     async def _prepare_qemu(self, qemu: Qemu, stack: contextlib.AsyncExitStack) -> None:
         """Set what this migration needs; put it back at the end if QEMU is still there."""

@@ -6,6 +6,7 @@ known of how far it is, and what the operator may change while it runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from pyumem.address import Address
+from pyumem.area import Area
+from pyumem.areafs import area_number
 from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.compression import Compress
-from pyumem.errors import UmemError
+from pyumem.convergence import Limits
+from pyumem.errors import CheckError, DriverError, UmemError
 from pyumem.hello import Lane
 from pyumem.lanes.prefetch import NO_PREFETCH, Prefetch
+from pyumem.precopy import Precopy
 from pyumem.qemu import Qemu, RamBlock
 from pyumem.ram import PAGE_SIZE
 from pyumem.release import Release
@@ -43,6 +48,10 @@ class Plan:
     """Bytes per second of all background lanes together; None: as fast as they can."""
     release_ram: bool = False
     """Give pages back to the host as soon as the destination has them."""
+    precopy: Limits | None = None
+    """Rounds while the VM runs, before it moves; None: it moves at once."""
+    may_switch: bool = True
+    """The rounds may be ended by `umemctl switch`, and the rest be post-copied."""
     prefetch: Prefetch = NO_PREFETCH
     """Neighbours of requested pages that are sent unasked."""
     compress: Compress = Compress.AUTO
@@ -69,6 +78,9 @@ class SourceBase:
         self._ram_fds: list[int] = []
         self._claims: ClaimMap | None = None
         self._release: Release | None = None
+        self._areas: list[Area] = []
+        """The RAM blocks as the driver has them, when there is pre-copy."""
+        self._precopy: Precopy | None = None
         self._lanes: Lanes | None = None
         self._past: dict[str, Totals] = {}
         """What lanes that are closed have moved, by their names."""
@@ -100,6 +112,7 @@ class SourceBase:
     def progress(self) -> Progress:
         """Return how far it is."""
         urgent, background = self._totals(Lane.URGENT), self._totals(Lane.BACKGROUND)
+        rounds = self._totals(Lane.PRECOPY)
         return Progress(
             state=self.state,
             pages_total=sum(block.size for block in self._ram) // PAGE_SIZE,
@@ -107,7 +120,7 @@ class SourceBase:
             pages_background=background.pages,
             pages_zero=urgent.zero_pages + background.zero_pages,
             pages_uncounted=self._uncounted,
-            bytes_moved=urgent.bytes_sent + background.bytes_sent,
+            bytes_moved=urgent.bytes_sent + background.bytes_sent + rounds.bytes_sent,
             elapsed_s=round(time.monotonic() - self._started, 3),
         )
 
@@ -127,6 +140,7 @@ class SourceBase:
             "pid": os.getpid(),
             "error": self.report.error,
             "recoveries": self.report.recoveries,
+            "precopy": self._precopy.known.to_json() if self._precopy else None,
             **self.progress().to_json(),
             "requests": self._totals(Lane.URGENT).requests,
             "bytes_sent_by_lane": self._bytes_by_lane(),
@@ -150,6 +164,8 @@ class SourceBase:
         report.bytes_after_compression = background.bytes_after
         report.pages_released = self._release.pages if self._release else 0
         report.device_state_bytes = self._device_bytes
+        if self._precopy:
+            report.precopy = self._precopy.report()
         report.bytes_sent_by_lane = self._bytes_by_lane()
 
     def _bytes_by_lane(self) -> dict[str, int]:
@@ -163,6 +179,28 @@ class SourceBase:
         self.report.ram_bytes = sum(block.size for block in ram)
         self.report.page_size_bytes = PAGE_SIZE
         self.report.pages_total = self.report.ram_bytes // PAGE_SIZE
+
+    def _take_areas(self, limits: Limits) -> None:
+        """Be the server of the RAM's areas: who has them read the log of writes.
+
+        Raises CheckError that names the fix.
+        """
+        for block, fd in zip(self._ram, self._ram_fds, strict=True):
+            number = area_number(fd)
+            if number is None:
+                raise CheckError(
+                    f"RAM block {block.id}: {block.path} is no area of the driver, and only that "
+                    "knows what the guest writes: load the driver here and start the VM with "
+                    "umem-qemu anew, or use `umemctl migrate -p`"
+                )
+            try:
+                self._areas.append(Area.reattach(number))
+            except DriverError as e:
+                why = "it is being received still" if e.errno == errno.EBUSY else str(e)
+                raise CheckError(f"RAM block {block.id}: {block.path}: {why}") from e
+            if self._areas[-1].granule_size != PAGE_SIZE:
+                raise CheckError(f"RAM block {block.id}: pre-copy needs granules of one page")
+        self._precopy = Precopy(self._areas, limits, self._tell, self.vm)
 
     def _make_claims(self) -> None:
         """Make the map in which nothing is sent yet.
@@ -210,6 +248,19 @@ class SourceBase:
         elif self._max_bandwidth is not None:
             pace = max(1, self._max_bandwidth // self._plan.background_lanes)
         self._claims.pace = pace
+        if self._precopy:
+            # -n and `umemctl background --off` are about what follows the rounds.
+            limit = self._max_bandwidth
+            lanes = self._plan.background_lanes
+            self._precopy.claims.pace = UNPACED if limit is None else max(1, limit // lanes)
+
+    def switch(self) -> None:
+        """End the rounds of pre-copy now.  Raises UmemError for what cannot be."""
+        if self._precopy is None or self.state is not State.PRECOPY_ACTIVE:
+            raise UmemError(f"{self.vm} is {self.state}: there are no rounds to end")
+        if not self._plan.may_switch:
+            raise UmemError(f"{self.vm}: --no-postcopy was given")
+        self._precopy.force_switch()
 
     # --- lanes ---
 
@@ -230,9 +281,11 @@ class SourceBase:
             prefetch=self._plan.prefetch,
             compress=self._plan.compress,
             ram=self._ram,
-            ram_fds=self._ram_fds,
+            # The backing files have holes, which an area's node does not show.
+            ram_fds=[area.shmem_fd for area in self._areas] or self._ram_fds,
             claims=self._claims,
             release=self._release,
+            rounds=self._precopy.claims if self._precopy and not self.state.committed else None,
         )
         self._lanes = Lanes(session, self._to, self._tell, self._expected)
         return self._lanes
@@ -256,5 +309,9 @@ class SourceBase:
             self._claims.close()
         if self._release is not None:
             self._release.close()
+        if self._precopy is not None:
+            self._precopy.close()
+        for area in self._areas:
+            area.close()  # and with it the log of writes ends
         for fd in self._ram_fds:
             os.close(fd)

@@ -53,6 +53,8 @@ class Session:
     claims: ClaimMap
     release: Release | None
     """What gives pages back that the destination has."""
+    rounds: ClaimMap | None = None
+    """Claims of the rounds of pre-copy, if there are to be any."""
 
     def hello(self, lane: Lane, index: int = 0, *, resume: bool = False) -> Hello:
         """Return what is said at the beginning of a lane."""
@@ -69,7 +71,13 @@ class Session:
             resume=resume,
             confirm=self.release is not None and lane is Lane.CONTROL,
             compression=offer(self.compress) if lane is Lane.BACKGROUND else "",
+            precopy_lanes=self.precopy_lanes if lane is Lane.CONTROL else 0,
         )
+
+    @property
+    def precopy_lanes(self) -> int:
+        """Return how many lanes the rounds have."""
+        return self.background_lanes if self.rounds else 0
 
 
 class Lanes:
@@ -133,6 +141,7 @@ class Lanes:
         """Connect every page lane and start its worker, all at once."""
         wanted = [(Lane.URGENT, 0)]
         wanted += [(Lane.BACKGROUND, index) for index in range(self._session.background_lanes)]
+        wanted += [(Lane.PRECOPY, index) for index in range(self._session.precopy_lanes)]
         results = await asyncio.gather(
             *(self._add_worker(lane, index) for lane, index in wanted), return_exceptions=True
         )
@@ -157,7 +166,10 @@ class Lanes:
             compression = {"directory": directory(), "wish": session.compress.value}
         elif session.compress is Compress.ON and (lane, index) == (Lane.BACKGROUND, 0):
             self._tell(f"{link.peer} does not take compressed pages: they go as they are")
-        module = "source_urgent" if lane is Lane.URGENT else "source_background"
+        claims = session.claims
+        if lane is Lane.PRECOPY:
+            assert session.rounds is not None
+            claims = session.rounds
         message = {
             "peer": link.peer,
             "index": index,
@@ -169,7 +181,9 @@ class Lanes:
         with contextlib.closing(link.detach()) as sock:
             tune(sock, urgent=lane is Lane.URGENT, background=lane is Lane.BACKGROUND)
             await worker.start(
-                module, message, [sock.fileno(), session.claims.memory.fd, *session.ram_fds]
+                f"source_{lane.value}",
+                message,
+                [sock.fileno(), claims.memory.fd, *session.ram_fds],
             )
 
     # --- what the workers do ---

@@ -83,6 +83,8 @@ class Kind(IntEnum):
     ZERO = 19  # source, urgent and background: ranges that are zero
     END = 20  # source, background: this lane has nothing more to send
     HAVE = 21  # destination, control: a bitmap of pages that are here; see recovery.py, release.py
+    CLEAN = 25  # source, control, after pre-copy: a bitmap of pages that may be seen as they are
+    ROUND = 24  # both ways, pre-copy: all of a round was sent; all of it is written
     STARTTLS = 22  # source, control, instead of HELLO: TLS from here on, CHALLENGE comes again
     PACKED = 23  # source, background, where WELCOME took it: a run of pages, compressed
 
@@ -111,6 +113,8 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
     Kind.HAVE: MAX_BITMAP,
     Kind.STARTTLS: 0,
     Kind.PACKED: MAX_PACKED,
+    Kind.CLEAN: MAX_BITMAP,
+    Kind.ROUND: 0,
 }
 
 # What else may come to, or from, a port: the first bytes of a connection and who says them.
@@ -301,19 +305,22 @@ def unpack_ranges(
     return ranges
 
 
-def pack_bitmap(area: int, pgoff: int, count: int, bits: bytes | memoryview) -> bytes:
-    """Return a HAVE frame: bit i of the bytes, the lowest of each byte first, stands for page
-    pgoff + i.
+def pack_bitmap(
+    area: int, pgoff: int, count: int, bits: bytes | memoryview, kind: Kind = Kind.HAVE
+) -> bytes:
+    """Return a HAVE or CLEAN frame: bit i of the bytes, the lowest of each byte first, stands for
+    page pgoff + i.
     """
-    return pack(Kind.HAVE, len(bits), area, count, pgoff) + bits
+    return pack(kind, len(bits), area, count, pgoff) + bits
 
 
 def check_bitmap(header: Header, area: str, npages: int) -> None:
-    """Check a HAVE header against its area.  Raises ProtocolError."""
-    check_range("HAVE", area, header.pgoff, header.count, npages)
+    """Check a HAVE or CLEAN header against its area.  Raises ProtocolError."""
+    what = header.kind.name
+    check_range(what, area, header.pgoff, header.count, npages)
     if header.length != -(-header.count // 8):
         raise ProtocolError(
-            f"HAVE of {header.count} page(s) of area {area} with {header.length} bytes"
+            f"{what} of {header.count} page(s) of area {area} with {header.length} bytes"
         )
 
 

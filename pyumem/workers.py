@@ -39,8 +39,10 @@ class Worker:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reason = ""
         self._stopping = False
+        self._round: asyncio.Future[None] | None = None
         self.drained = False
         """It said that its lane has no more to do: nothing is lost with it."""
+        self.is_drained: Final = asyncio.Event()
 
     @property
     def pid(self) -> int:
@@ -90,6 +92,11 @@ class Worker:
             with contextlib.suppress(OSError):
                 self._channel.send(json.dumps({"command": command}).encode())
 
+    def next_round(self) -> asyncio.Future[None]:
+        """Return what is done when it says that the round it is told to begin next is over."""
+        self._round = asyncio.get_running_loop().create_future()
+        return self._round
+
     def totals(self) -> Totals:
         """Return its counters, also after its end."""
         return self._stats.read()
@@ -113,6 +120,9 @@ class Worker:
                 self._ready.set_result(None)
             case "drained":
                 self.drained = True
+                self.is_drained.set()
+            case "round" if self._round is not None and not self._round.done():
+                self._round.set_result(None)
             case "failed":
                 self._reason = str(message["reason"])
 

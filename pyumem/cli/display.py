@@ -165,6 +165,9 @@ def show_report(report: Report) -> None:
     row("downtime", number(report.downtime_ms, "ms"))
     row("time to fully resident", number(report.time_to_resident_s, "s", 2))
     row("total time", number(report.total_s, "s", 2))
+    if report.precopy:
+        rounds, sent = len(report.precopy["rounds"]), report.precopy["sent_bytes"]
+        row("pre-copy", f"{rounds} round(s), {size(sent)}: {report.precopy['reason']}")
     row("pages on demand", report.pages_demand)
     if report.pages_prefetched:
         row("of them and of zero pages prefetched", report.pages_prefetched)

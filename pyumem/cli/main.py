@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "recover": "have a migration connect anew, perhaps to another address",
     "report": "show how migrations from and to this host went",
     "serve": "receive VMs (daemon)",
+    "switch": "end the pre-copy of a running migration, and post-copy the rest",
     "status": "show VMs that are expected and migrations that run",
     "top": "watch them",
 }
@@ -34,13 +35,13 @@ Exit status:
   2    the command line makes no sense
   3    refused by the peer, or a check failed
   4    the VM needs you: lost after the commit, or it could not be continued
-  5    not supported yet
   130  interrupted before the commit; the VM runs at the source
 
 \b
 Environment:
   UMEM_RUNTIME_DIR  sockets and locks; default /run/umem for root and for who may have VMs there,
                     else $XDG_RUNTIME_DIR/umem
+  UMEM_RAM          area, file or auto: what umem-qemu makes the RAM of VMs that may leave
   UMEM_RAM_DIR      RAM files of VMs that umem-qemu starts; default /dev/shm/umem for root
 """
 
@@ -95,5 +96,5 @@ def main() -> None:
     """Post-copy live migration of QEMU VMs on the umem driver.
 
     The destination runs `umemctl serve` and a QEMU started by `umem-qemu ... -postcopy -incoming`;
-    the source runs `umemctl migrate -p`.
+    the source runs `umemctl migrate`.
     """

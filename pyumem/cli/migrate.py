@@ -28,7 +28,8 @@ from pyumem.cli.logs import LogDisplay, is_json, log_format_option, log_to_stder
 from pyumem.commit_record import CommitRecord, names
 from pyumem.compression import Compress, offer
 from pyumem.control import Asker, ControlServer
-from pyumem.errors import ControlError, NotSupportedError, UmemError, UsageError
+from pyumem.convergence import Limits
+from pyumem.errors import ControlError, UmemError, UsageError
 from pyumem.hello import MAX_LANES
 from pyumem.lanes.prefetch import MAX_PAGES, Prefetch
 from pyumem.report import Report
@@ -41,6 +42,37 @@ from pyumem.tls import Security
 @click.command()
 @click.argument("uri", required=False)
 @click.option("-p", "postcopy", is_flag=True, help="Post-copy: run at the destination at once.")
+@click.option(
+    "--hybrid",
+    is_flag=True,
+    help="Pre-copy as long as it pays, then post-copy by itself: always comes to an end.",
+)
+@click.option(
+    "--precopy-rounds",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    help="With -p: N rounds of pre-copy first.",
+)
+@click.option(
+    "--max-downtime",
+    type=click.IntRange(1, 60_000),
+    default=300,
+    show_default=True,
+    metavar="MS",
+    help="Pre-copy ends when the rest can be sent in so many milliseconds.",
+)
+@click.option(
+    "--max-precopy-time",
+    type=click.IntRange(1),
+    metavar="S",
+    help="Pre-copy for so many seconds at most; then --hybrid switches, and without it the VM "
+    "stays.  Default: as long as less and less remains.",
+)
+@click.option(
+    "--no-postcopy",
+    is_flag=True,
+    help="Never switch to post-copy, neither by itself nor by `umemctl switch`.",
+)
 @click.option(
     "-n",
     "on_demand_only",
@@ -113,6 +145,11 @@ from pyumem.tls import Security
 def command(
     uri: str | None,
     postcopy: bool,
+    hybrid: bool,
+    precopy_rounds: int | None,
+    max_downtime: int,
+    max_precopy_time: int | None,
+    no_postcopy: bool,
     on_demand_only: bool,
     resume: bool,
     qmp: Path | None,
@@ -132,9 +169,15 @@ def command(
 ) -> None:
     """Send a VM to the host that expects it at URI (tcp:HOST:PORT).
 
-    The VM stops, its device state moves, and it runs at the destination, while its memory follows:
-    pages that it touches first, the others behind them.  This command stays until every page is
-    there.
+    With -p the VM stops, its device state moves, and it runs at the destination, while its memory
+    follows: pages that it touches first, the others behind them.  This command stays until every
+    page is there.
+
+    Without -p its memory goes first, while it runs here: all of it, then, round after round, what
+    it wrote meanwhile, until the rest can be sent in --max-downtime.  Then it stops, the rest and
+    the device state move, and it runs there with all its memory.  A VM that writes faster than the
+    network takes it never comes to that: this command says so, and the VM stays.  With --hybrid,
+    the recommended way, it switches to post-copy then, and so does `umemctl switch VM` at any time.
 
     There is one instant of commit.  Before it any failure, and Ctrl-C, leaves the VM running here.
     After it the VM runs at the destination only, needs its memory from here, and Ctrl-C is refused.
@@ -149,6 +192,8 @@ def command(
 
     \b
     Examples:
+      umemctl migrate --hybrid tcp:192.0.2.7:4444
+      umemctl migrate --max-downtime 50 --max-precopy-time 600 tcp:192.0.2.7:4444
       umemctl migrate -p tcp:192.0.2.7:4444
       umemctl migrate -p tcp:192.0.2.7:4444 --qmp /run/umem/vm/vm1/qmp.sock
       umemctl migrate -p -n tcp:[2001:db8::7]:4444 --vm vm1
@@ -162,8 +207,20 @@ def command(
     record = _record_of(vm) if resume else None
     if uri is None and record is None:
         raise click.UsageError("Missing argument 'URI': where to?  tcp:HOST:PORT")
-    if record is None and not postcopy:
-        raise NotSupportedError("pre-copy is not there yet: `umemctl migrate -p` does post-copy")
+    if precopy_rounds and not postcopy:
+        raise UsageError("--precopy-rounds goes with -p; without, rounds end when it is best")
+    if no_postcopy and (postcopy or hybrid):
+        raise UsageError("--no-postcopy excludes -p and --hybrid")
+    if on_demand_only and not (postcopy or hybrid):
+        raise UsageError("-n is about post-copy: it goes with -p or --hybrid")
+    precopy = None
+    if not record and (not postcopy or precopy_rounds):
+        precopy = Limits(
+            max_downtime_s=max_downtime / 1000,
+            max_precopy_s=max_precopy_time,
+            rounds=precopy_rounds,
+            may_switch=hybrid or postcopy,
+        )
     plan = Plan(
         qmp=Path(record.qmp) if record else _qmp_path(qmp, vm),
         destination=record.address if record and not uri else parse(uri or "", listening=False),
@@ -172,6 +229,8 @@ def command(
         background_lanes=record.background_lanes if record else lanes,
         max_bandwidth=max_bandwidth,
         release_ram=release_ram,
+        precopy=precopy,
+        may_switch=not no_postcopy,
         prefetch=Prefetch(prefetch_forward, prefetch_backward),
         compress=Compress(compress),
     )
@@ -254,6 +313,9 @@ async def _tell_status(migration: Migration | Resumed, security: Security, vms: 
                     migration.set_background(bool(question["on"]))
                 if "max_bandwidth_bytes_s" in question:
                     migration.set_max_bandwidth(bandwidth(question["max_bandwidth_bytes_s"]))
+                return {}
+            case "switch":
+                migration.switch()
                 return {}
             case "recover":
                 to = question.get("to")

@@ -62,6 +62,9 @@ class AreaLike(Protocol):
     def npages(self) -> int:
         """Size in pages."""
 
+    shmem_fd: int
+    """The backing file."""
+
     @property
     def granule_pages(self) -> int:
         """Pages that are marked together, and asked for together."""
@@ -124,6 +127,13 @@ class Arrivals:
         data = b"".join(map(_EIGHT_SLOTS.__getitem__, words.tobytes()))
         self.received.map[slot : slot + count] = data[:count]
         return data.count(_HERE, 0, count)
+
+    def know_bits(self, slot: int, bits: memoryview, header: wire.Header) -> None:
+        """Note of the pages of a bitmap frame which are here; lanes may run beside, and bring none
+        of them.
+        """
+        here = b"".join(map(_EIGHT_SLOTS.__getitem__, bits))[: header.count]
+        self.received.map[slot : slot + header.count] = here
 
     def asked_now(self, slot: int) -> bool:
         """Note that the page is asked for.  False when it was already."""

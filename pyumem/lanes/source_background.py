@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import select
 import socket
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pyumem import wire
-from pyumem.claims import UNPACED, ClaimMap, Slots
+from pyumem.claims import ClaimMap, Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.link import Link, make_link
+from pyumem.lanes.pacing import Pacer
 from pyumem.lanes.serve_pages import RUN_PAGES, Sender
-from pyumem.ram import PAGE_SIZE, RamFile
+from pyumem.ram import RamFile
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
 
@@ -31,9 +31,6 @@ _HOLE_RANGES: Final = 256
 """Ranges that are gathered before they are sent: whoever waits for a page in them waits for that.
 """
 _LOOK_MS: Final = 20
-_PAUSED_MS: Final = 50
-_BURST_S: Final = 0.1
-"""What a run may take of a limited rate, in seconds: runs get shorter, down to a page."""
 
 
 class BackgroundLane:
@@ -55,8 +52,9 @@ class BackgroundLane:
         self._ram = ram
         self._claims = claims
         self._sender = Sender(link, ram, stats, packer)
-        self._run_bytes = 0
-        self._run_at = 0.0
+        self._pacer = Pacer(
+            claims, self._stopped, packer.decision.restart if packer else lambda: None
+        )
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(link.fileno(), select.POLLIN)
@@ -125,36 +123,16 @@ class BackgroundLane:
 
     def _send_runs(self) -> bool:
         slots = self._claims.slots
-        while longest := self._next_run():
+        while longest := self._pacer.next_run(RUN_PAGES):
             if not (claimed := self._claims.claim_run(longest)):
                 return True
             start, count = claimed
-            self._run_at = time.monotonic()
+            self._pacer.begins()
             area = slots.area_of(start)
-            self._run_bytes = self._sender.send(area, start - slots.bases[area], count)
+            self._pacer.took(self._sender.send(area, start - slots.bases[area], count))
             if self._stopped():
                 return False
         return False
-
-    def _next_run(self) -> int:
-        """Sleep as long as the pace wants it; return how many pages may go then, 0 when the parent
-        wants an end.
-
-        The wait is before the claim: a page that is claimed goes at once, since the guest may ask
-        for it.  (Pacing by TCP has it wait in the socket.)
-        """
-        while True:
-            pace = self._claims.pace
-            wait_ms = _PAUSED_MS
-            if pace:
-                wait_s = self._run_bytes / pace - (time.monotonic() - self._run_at)
-                if wait_s <= 0 or pace == UNPACED:
-                    return max(1, min(RUN_PAGES, int(pace * _BURST_S) // PAGE_SIZE))
-                wait_ms = min(_PAUSED_MS, int(wait_s * 1000) + 1)
-            elif self._packer:
-                self._packer.decision.restart()
-            if self._stopped(wait_ms):
-                return 0
 
     def _idle(self) -> None:
         while not self._stopped(None):

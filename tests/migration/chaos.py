@@ -35,6 +35,7 @@ BEFORE_S = 8.0
 """When something breaks, at the latest: seconds after `umemctl migrate` was started ..."""
 AFTER_S = 6.0
 """... or, two times out of three, after the commit."""
+MODES: tuple[list[str], ...] = (["-p"], ["-p"], ["--hybrid"], ["-p", "--precopy-rounds", "2"], [])
 BANDWIDTH = ("3M", "6M", "12M")
 """Of the background transfer: the guest's memory takes some seconds."""
 
@@ -90,7 +91,7 @@ class Chaos:
             folder.mkdir()
             world = World(source, destination, folder, stack, tls)
             self.sides.append(Side(world, world.serve(), f"vm-{destination.name}"))
-        # Where there are areas too, an ordinary file is only the beginning.
+        self.sides[0].world.source.extra_env["UMEM_RAM"] = "area"
         self.qemu, self.console = self.sides[0].world.guest(SPEC, name=self.sides[1].vm)
         self.console.wait("tick", timeout=PATIENCE)
         self.at = 1
@@ -208,11 +209,13 @@ class Chaos:
         new_qemu, console = to.world.expect(SPEC, name=to.vm)
         arguments = ["--lanes", str(self.dice.randint(1, 3)), "--json"]
         arguments += ["--max-bandwidth", self.dice.choice(BANDWIDTH)]
-        if self.dice.random() < 0.3:
+        mode = self.dice.choice(MODES)
+        if mode and self.dice.random() < 0.3:
             arguments.append("-n")
         if self.dice.random() < 0.5:
             arguments += ["--prefetch-forward", "8"]
-        move = Move(to, back, to.world.migrate(*arguments, vm=back.vm), new_qemu)
+        argv = ["migrate", *mode, to.world.destination_uri, "--vm", back.vm, *arguments]
+        move = Move(to, back, to.world.start(to.world.source, "umemctl", *argv), new_qemu)
         begun = time.monotonic()
         early = self.dice.random() < 1 / 3
         if not early:
@@ -236,7 +239,10 @@ class Chaos:
         else:
             self.undone += 1
         took = time.monotonic() - begun
-        return f"{'moved' if moved else 'stayed'} after {took:.0f} s: {', '.join(move.broken)}"
+        how = " ".join(mode) or "pre-copy"
+        return f"{how}: {'moved' if moved else 'stayed'} after {took:.0f} s: " + ", ".join(
+            move.broken
+        )
 
     def _let_background_run(self, move: Move) -> None:
         """What began with -n comes to its end only so."""

@@ -88,6 +88,8 @@ class World:
         self._count = 0
         self._consoles: dict[str, GuestConsole] = {}
         source.extra_env["UMEM_RAM_DIR"] = "/dev/shm/umem-src"
+        # Both hosts have one driver, which knows an area by its name: one of them has files.
+        source.extra_env["UMEM_RAM"] = "file"
         for host in (source, destination):
             host.extra_env |= {"UMEM_TLS_CREDS": str(tls)} if tls else {"UMEM_INSECURE": "1"}
         self.destination_uri = f"tcp:{destination.address}:{PORT}"

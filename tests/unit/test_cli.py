@@ -53,7 +53,9 @@ def test_each_command_has_help_with_an_example(umemctl: Umemctl, name: str) -> N
 @pytest.mark.parametrize(
     ("words", "status", "what"),
     [
-        (["migrate", "tcp:a:1"], 5, "pre-copy is not there yet"),
+        (["migrate", "--precopy-rounds", "3", "tcp:a:1"], 2, "goes with -p"),
+        (["migrate", "-n", "tcp:a:1"], 2, "-n is about post-copy"),
+        (["migrate", "--hybrid", "--no-postcopy", "tcp:a:1"], 2, "--no-postcopy excludes"),
         (["migrate", "-p", "unix:/x", "--qmp", "/x"], 2, "only tcp: addresses"),
         (["migrate", "-p", "tcp::1", "--qmp", "/x"], 2, "no host to connect to"),
         (["migrate", "-p", "tcp:a:1"], 2, "which VM"),

@@ -97,7 +97,7 @@ def test_ram_is_a_private_file_that_goes_with_qemu(host: Host) -> None:
     process.terminate()
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"--qmp {runtime.qmp_socket('vm1')}" in err
+    assert "umemctl migrate -p tcp:HOST:PORT --vm vm1" in err
     assert not host.ram.parent.exists() and not runtime.vm_dir("vm1").exists()
 
 

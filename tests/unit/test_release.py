@@ -19,7 +19,7 @@ from pyumem.errors import CheckError, ProtocolError
 from pyumem.greeting import AsyncLink
 from pyumem.qemu import RamBlock
 from pyumem.ram import PAGE_SIZE
-from pyumem.release import Release, _runs
+from pyumem.release import Release, runs
 from pyumem.report import State
 from pyumem.source import Migration
 from pyumem.source_base import Plan
@@ -33,10 +33,10 @@ def test_runs_are_the_stretches_of_ones(pages: list[bool]) -> None:
     bits = sum(here << page for page, here in enumerate(pages)).to_bytes(
         -(-len(pages) // 8), "little"
     )
-    found = [page for first, count in _runs(bits) for page in range(first, first + count)]
+    found = [page for first, count in runs(bits) for page in range(first, first + count)]
     assert found == [page for page, here in enumerate(pages) if here]
-    ends = [first + count for first, count in _runs(bits)]
-    assert all(first not in ends for first, _ in _runs(bits)), "neighbours are joined"
+    ends = [first + count for first, count in runs(bits)]
+    assert all(first not in ends for first, _ in runs(bits)), "neighbours are joined"
 
 
 @pytest.fixture

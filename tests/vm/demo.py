@@ -166,6 +166,8 @@ def migrate(spec: GuestSpec, link: Link, flags: tuple[str, ...], logs: Path) -> 
         for host in (source, destination):
             ram = Path("/dev/shm") / f"umem-{host.name}"
             host.extra_env["UMEM_RAM_DIR"] = str(ram)
+            # They have one driver, and an area of that name is the destination's.
+            host.extra_env["UMEM_RAM"] = "file"
             stack.callback(shutil.rmtree, ram, ignore_errors=True)
 
         step("source: umem-qemu starts stock QEMU with the guest")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A pre-copy lane at the destination: receive pages, again and again, into the backing file, and
+mark none of them.
+
+What nobody may see yet may be overwritten: the driver lets nobody touch a page before its mark, and
+that comes at the switch, from the parent, for what is not stale by then.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from pyumem import wire
+from pyumem.claims import Slots
+from pyumem.errors import DriverError, LinkError
+from pyumem.holes import punch
+from pyumem.lanes.fill import BUFFER_PAGES, PAGE_SIZE, AreaLike, Arrivals, Filler
+from pyumem.lanes.link import Link, make_link
+from pyumem.stats import Counter, StatsBlock
+from pyumem.worker import Channel, run
+
+
+class PrecopyFiller(Filler):
+    """Takes PAGES and ZERO of pages that may come more than once."""
+
+    def _pages(self, header: wire.Header, area: AreaLike) -> None:
+        pgoff, count = header.pgoff, header.count
+        wire.check_pages(header, area.name, area.npages, PAGE_SIZE)
+        for start in range(pgoff, pgoff + count, BUFFER_PAGES):
+            pages = min(BUFFER_PAGES, pgoff + count - start)
+            with self._buffer[: pages * PAGE_SIZE] as data:
+                self._link.receive_into(data)
+                self._write(area, start, data)
+        self._stats.add(Counter.PAGES, count)
+
+    def _zero(self, header: wire.Header, area: AreaLike) -> None:
+        ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
+        for pgoff, count in ranges:
+            try:
+                # It may have had content in an earlier round.
+                punch(area.shmem_fd, pgoff * PAGE_SIZE, count * PAGE_SIZE)
+            except OSError as e:
+                raise DriverError(
+                    "punch", e.errno or 0, area=area.name, pages=(pgoff, count)
+                ) from e
+            self._stats.add(Counter.ZERO_PAGES, count)
+
+
+def serve(link: Link, filler: Filler) -> None:
+    """Receive until END.  Raises LinkError, ProtocolError, DriverError."""
+    while (header := link.header()) is not None:
+        if header.kind is wire.Kind.END:
+            return
+        if header.kind is wire.Kind.ROUND:
+            link.send(wire.pack(wire.Kind.ROUND))
+            continue
+        filler.take(header)
+    raise LinkError(f"{link.peer}: the source closed a pre-copy lane before its end")
+
+
+def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
+    """Set up from the start message: fds as in destination_urgent."""
+    from pyumem.area import Area
+
+    sock = socket.socket(fileno=fds[0])
+    stats = StatsBlock.attach(fds[1])
+    areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
+    slots = Slots([area.npages for area in areas])
+    channel.send({"event": "ready"})
+    if not channel.wait_go():
+        return
+    link = make_link(sock, message, stats)
+    serve(link, PrecopyFiller(link, areas, Arrivals.attach(slots, fds[2:4]), stats))
+    channel.send({"event": "drained"})
+    channel.receive()
+
+
+if __name__ == "__main__":
+    run(body)
