@@ -52,6 +52,21 @@ def area_number(fd: int) -> int | None:
     return status.st_ino - _FIRST_INO if is_area_file(status) else None
 
 
+def mount(point: Path) -> str:
+    """Mount it, unless it is there already.  Returns why that cannot be, empty if it is."""
+    point.mkdir(mode=0o755, exist_ok=True)
+    if point in mounts():
+        return ""
+    argv = ["mount", "-t", FILESYSTEM, FILESYSTEM, str(point)]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    except OSError as e:
+        return f"{argv[0]}: {e.strerror}"
+    if done.returncode:
+        return f"{done.stderr.strip()}; as root: {' '.join(argv)}"
+    return ""
+
+
 class AreaDirectory:
     """The mount of one daemon.  A context manager; path is None where it may not mount."""
 
@@ -62,21 +77,10 @@ class AreaDirectory:
 
     def __enter__(self) -> AreaDirectory:
         """Mount it, unless a daemon that was killed has left it there."""
-        self._point.mkdir(mode=0o755, exist_ok=True)
-        if self._point not in mounts():
-            argv = ["mount", "-t", FILESYSTEM, FILESYSTEM, str(self._point)]
-            try:
-                done = subprocess.run(argv, capture_output=True, text=True, check=False)
-                problem = done.stderr.strip() if done.returncode else ""
-            except OSError as e:
-                problem = f"{argv[0]}: {e.strerror}"
-            if problem:
-                log.warning(
-                    "VMs that come cannot give memory back by balloon (%s); as root: %s",
-                    *(problem, " ".join(argv)),
-                )
-                return self
-        self.path = self._point
+        if problem := mount(self._point):
+            log.warning("VMs that come cannot give memory back by balloon (%s)", problem)
+        else:
+            self.path = self._point
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -206,15 +206,19 @@ class RamAreas:
         """Make them.  Raises DriverError, UmemError, OSError."""
         # Not at the top: it costs a start its time.
         from pyumem.area import Area
+        from pyumem.areafs import mount
 
         self.paths: Final[dict[str, str]] = {}
         self._fds: list[int] = []
+        directory = runtime.runtime_dir() / "areas"
+        # It stays mounted: a daemon may have come to use it by the time that we end.
+        if problem := mount(directory):
+            say(f"the VM cannot give memory back by balloon ({problem})")
         try:
             for block in blocks:
                 with Area.create(f"{name}.{block.id}", block.size) as area:
                     area.mark([(0, area.npages)])
-                    in_directory = runtime.runtime_dir() / "areas" / area.name
-                    path = str(in_directory) if in_directory.exists() else area.node
+                    path = area.node if problem else str(directory / area.name)
                     self._fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
                     self.paths[block.id] = path
         except BaseException:
