@@ -14,8 +14,6 @@ import pytest
 from tests.migration.world import PATIENCE, Program, World, alive, eventually, report_of, world
 from tests.vm.guest import GuestConsole, GuestSpec
 
-pytestmark = pytest.mark.one_kernel
-
 # KVM writes past every page table of QEMU's: the log has to see that.
 SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="128M", accel="kvm")
 PAGES = 128 * 256
