@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.migration.test_shapes import memory_of
 from tests.migration.world import PATIENCE, alive, ask_qemu, eventually, report_of, world
+from tests.shapes.test_blocks import memory_of
 from tests.vm.guest import GuestSpec
 
 MIB = 1 << 20

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.migration.test_shapes import memory_of
 from tests.migration.world import (
     LAUNCHER,
     PATIENCE,
@@ -26,6 +25,7 @@ from tests.migration.world import (
     report_of,
     world,
 )
+from tests.shapes.test_blocks import memory_of
 from tests.vm.guest import GuestSpec
 from tests.vm.hosts import three_hosts
 

@@ -3,8 +3,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.migration.world import PATIENCE, alive, report_of, world
 from tests.vm.guest import GuestSpec
 from tests.vm.hosts import Link
@@ -12,7 +10,6 @@ from tests.vm.hosts import Link
 SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M")
 
 
-@pytest.mark.one_kernel
 def test_a_slow_link_carries_less(tmp_path: Path) -> None:
     with world(tmp_path, Link(rate="100mbit", delay="2ms")) as w:
         w.serve()

@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from pyumem.control import ControlClient
 from pyumem.hello import AreaSpec
 from tests.migration.world import (
@@ -26,8 +24,6 @@ from tests.migration.world import (
 )
 from tests.vm.guest import GuestSpec
 from tests.vm.hosts import Host
-
-pytestmark = pytest.mark.one_kernel
 
 MIB = 1 << 20
 
