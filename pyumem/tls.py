@@ -204,7 +204,11 @@ def find_credentials(directory: Path | None) -> Credentials | None:
     Raises UsageError for a directory that is named and not there.
     """
     if directory is None:
-        return Credentials(DEFAULT_DIRECTORY) if (DEFAULT_DIRECTORY / _CA).exists() else None
+        try:
+            there = (DEFAULT_DIRECTORY / _CA).exists()
+        except PermissionError:
+            there = True  # who may not look is told so when they are used
+        return Credentials(DEFAULT_DIRECTORY) if there else None
     if not directory.is_dir():
         raise UsageError(f"--tls-creds {directory}: no such directory")
     return Credentials(directory)

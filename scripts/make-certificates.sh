@@ -14,8 +14,9 @@ if [ $# -lt 3 ]; then
 fi
 dir=$1 days=$2
 shift 2
-umask 077
+# Others may look in; the keys are not for them.
 mkdir -p "$dir"
+umask 077
 
 if ! [ -e "$dir/ca-key.pem" ]; then
 	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days "$days" \

@@ -442,6 +442,12 @@ def test_credentials_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UsageError, match="no such directory"):
         find_credentials(tmp_path / "x")
 
+    def denied(_path: Path) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "exists", denied)
+    assert find_credentials(None) == Credentials(tmp_path)
+
 
 def test_what_is_wrong_with_credentials(creds: Path, tmp_path: Path) -> None:
     mine = Credentials(tmp_path / "mine")
