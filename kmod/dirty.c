@@ -50,7 +50,6 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 
-#include "trace.h"
 #include "umem.h"
 
 /* Pages whose entries are taken away at a time; the largest granule has so many. */

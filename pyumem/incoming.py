@@ -803,6 +803,8 @@ class IncomingVm:
                     f"RAM block {area.id} has {area.size} bytes at the source and "
                     f"{ours[area.id].size} here: give both QEMUs the same -m"
                 )
+        if hello.precopy_lanes and any(area.granule_pages > 1 for area in self._areas):
+            return "pre-copy needs granules of a page: `umemctl serve` has --granule, use -p"
         if missing := [b for b in ours.values() if b.id not in {a.id for a in hello.areas}]:
             return f"the source does not have RAM block {_names(missing)}"
         return ""

@@ -66,7 +66,7 @@ class Rounds:
 
 
 class Precopy:
-    """The rounds of one migration.  A context manager in effect: close() ends the log."""
+    """The rounds of one migration.  The log is the areas', and ends with them or end_log()."""
 
     def __init__(
         self, areas: Sequence[Area], limits: Limits, tell: Callable[[str], None], vm: str
@@ -204,7 +204,7 @@ class Precopy:
         self._forced.clear()
         await self._round(lanes, pages)
 
-    async def end_lanes(self, lanes: Lanes) -> None:
+    def end_lanes(self, lanes: Lanes) -> None:
         """Have every lane say END."""
         for (lane, _), worker in lanes.workers.items():
             if lane is Lane.PRECOPY:

@@ -241,7 +241,7 @@ class Migration(Serving):
         if precopy.finish_before_commit:
             await precopy.send_rest(lanes, stale)
             stale = 0
-        await precopy.end_lanes(lanes)
+        precopy.end_lanes(lanes)
         for index, bits in enumerate(precopy.clean(stale)):
             npages = self._ram[index].size // PAGE_SIZE
             base = self._claims.slots.slot(index, 0)

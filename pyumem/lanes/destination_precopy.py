@@ -17,6 +17,7 @@ from pyumem.errors import DriverError, LinkError
 from pyumem.holes import punch
 from pyumem.lanes.fill import BUFFER_PAGES, PAGE_SIZE, AreaLike, Arrivals, Filler
 from pyumem.lanes.link import Link, make_link
+from pyumem.lanes.room import Room, groups_of
 from pyumem.stats import Counter, StatsBlock
 from pyumem.worker import Channel, run
 
@@ -71,7 +72,9 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     if not channel.wait_go():
         return
     link = make_link(sock, message, stats)
-    serve(link, PrecopyFiller(link, areas, Arrivals.attach(slots, fds[2:4]), stats))
+    room = Room(groups_of(message["qemu_pid"]))
+    arrivals = Arrivals.attach(slots, fds[2:4])
+    serve(link, PrecopyFiller(link, areas, arrivals, stats, room=room))
     channel.send({"event": "drained"})
     channel.receive()
 
