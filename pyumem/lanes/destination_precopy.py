@@ -15,7 +15,7 @@ from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import DriverError, LinkError
 from pyumem.holes import punch
-from pyumem.lanes.fill import BUFFER_PAGES, PAGE_SIZE, AreaLike, Arrivals, Filler
+from pyumem.lanes.fill import PAGE_SIZE, AreaLike, Arrivals, Filler
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.room import Room, groups_of
 from pyumem.stats import Counter, StatsBlock
@@ -28,11 +28,7 @@ class PrecopyFiller(Filler):
     def _pages(self, header: wire.Header, area: AreaLike) -> None:
         pgoff, count = header.pgoff, header.count
         wire.check_pages(header, area.name, area.npages, PAGE_SIZE)
-        for start in range(pgoff, pgoff + count, BUFFER_PAGES):
-            pages = min(BUFFER_PAGES, pgoff + count - start)
-            with self._buffer[: pages * PAGE_SIZE] as data:
-                self._link.receive_into(data)
-                self._write(area, start, data)
+        self._receive(area, pgoff, count)
         self._stats.add(Counter.PAGES, count)
 
     def _zero(self, header: wire.Header, area: AreaLike) -> None:

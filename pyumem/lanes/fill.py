@@ -254,12 +254,16 @@ class Filler:
         pgoff, count = header.pgoff, header.count
         wire.check_pages(header, area.name, area.npages, PAGE_SIZE)
         slot = self._fresh("PAGES", header.area, area, pgoff, count)
+        self._receive(area, pgoff, count)
+        self._written(area, pgoff, count, slot)
+
+    def _receive(self, area: AreaLike, pgoff: int, count: int) -> None:
+        """Receive pages and write them, a buffer at a time."""
         for start in range(pgoff, pgoff + count, BUFFER_PAGES):
             pages = min(BUFFER_PAGES, pgoff + count - start)
             with self._buffer[: pages * PAGE_SIZE] as data:
                 self._link.receive_into(data)
                 self._write(area, start, data)
-        self._written(area, pgoff, count, slot)
 
     def _unpack_pages(
         self,
