@@ -25,6 +25,10 @@ _PACE_AT: Final = 8
 _FREE: Final = b"\0"
 _EIGHT_SLOTS: Final = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
 """The slots that a byte of a bitmap stands for."""
+_SPREAD: Final = 64
+"""Runs that are claimed together lie within so many times their length: a request waits while they
+are looked for.
+"""
 _FREE_DIGITS: Final = bytes.maketrans(b"\0\1", b"10")
 UNPACED: Final = (1 << 64) - 1
 """A pace without a limit; 0 is a pause."""
@@ -140,30 +144,37 @@ class ClaimMap:
                 at = stop
         return mine
 
-    def claim_run(self, longest: int) -> tuple[int, int] | None:
-        """Claim the next run of at most `longest` free slots from the cursor on, within one area.
+    def claim_runs(self, longest: int, most: int = 1) -> list[tuple[int, int]]:
+        """Claim the next `most` runs of free slots from the cursor on, of at most `longest` slots
+        together, within one area and not far from each other.
 
-        Returns (first slot, count), or None when no slot is free any more.
+        Returns them as (first slot, count); empty when no slot is free any more.
         """
+        data = self.memory.map
         while True:
             # The search may pass over a long stretch of pages that were sent: not under the lock,
             # since a request waits for that.
             cursor = self.cursor
             start = self._find_free(cursor)
             if start is None:
-                return None
-            end = min(start + longest, self.slots.bases[self.slots.area_of(start) + 1])
-            data = self.memory.map
+                return []
+            end = _HEAD + self.slots.bases[self.slots.area_of(start) + 1]
+            at, far = _HEAD + start, min(end, _HEAD + start + _SPREAD * longest)
+            runs: list[tuple[int, int]] = []
             with self._lock:
-                if data[_HEAD + start]:
+                if data[at]:
                     continue
-                stop = data.find(b"\1", _HEAD + start, _HEAD + end)
-                stop = _HEAD + end if stop < 0 else stop
-                data[_HEAD + start : stop] = b"\1" * (stop - _HEAD - start)
+                while longest and len(runs) < most and (at := data.find(_FREE, at, far)) >= 0:
+                    stop = data.find(b"\1", at, min(at + longest, end))
+                    stop = min(at + longest, end) if stop < 0 else stop
+                    data[at:stop] = b"\1" * (stop - at)
+                    runs.append((at - _HEAD, stop - at))
+                    longest -= stop - at
+                    at = stop
                 # A request that came meanwhile has moved it to where it matters more.
                 if self.cursor == cursor:
-                    self.cursor = stop - _HEAD
-            return start, stop - _HEAD - start
+                    self.cursor = sum(runs[-1])
+            return runs
 
     def know(self, start: int, count: int, bits: bytes | memoryview) -> None:
         """Set `count` slots from `start` on to what a bitmap says, its bits from the lowest of each

@@ -12,7 +12,8 @@ A frame is a header of 24 bytes, all of it big-endian, and a payload of `length`
          4    4  length of the payload in bytes
          8    2  area: index in the list of areas of HELLO
         10    2  reserved, zero
-        12    4  count: of pages (PAGES, PACKED, HAVE), offsets (REQUEST, DISCARD), ranges (ZERO)
+        12    4  count: of pages (PAGES, PACKED, HAVE), offsets (REQUEST, DISCARD), ranges (ZERO,
+                 SCATTERED)
         16    8  pgoff: first page (PAGES, PACKED, HAVE)
 
 The first eight bytes keep their meaning in every version, so that peers of different versions can
@@ -48,6 +49,10 @@ MAX_PACKED: Final = 256 * 1024
 """What the pages of one PACKED frame are at most, before and all the more after compression, in
 bytes: a receiver has room for that and no more.
 """
+MAX_SCATTERED: Final = 256 * 1024
+"""What the pages of one SCATTERED frame are at most, in bytes, and ..."""
+MAX_SCATTERED_RANGES: Final = 64
+"""... in ranges."""
 MAX_OFFSETS: Final = 4096
 """Most offsets of one REQUEST or DISCARD."""
 MAX_RANGES: Final = 4096
@@ -87,6 +92,7 @@ class Kind(IntEnum):
     ROUND = 24  # both ways, pre-copy: all of a round was sent; all of it is written
     STARTTLS = 22  # source, control, instead of HELLO: TLS from here on, CHALLENGE comes again
     PACKED = 23  # source, background, where WELCOME took it: a run of pages, compressed
+    SCATTERED = 26  # source, background and pre-copy: ranges of pages, and their content
 
 
 MAX_LENGTH: Final[dict[Kind, int]] = {
@@ -113,6 +119,7 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
     Kind.HAVE: MAX_BITMAP,
     Kind.STARTTLS: 0,
     Kind.PACKED: MAX_PACKED,
+    Kind.SCATTERED: MAX_SCATTERED_RANGES * _RANGE_SIZE + MAX_SCATTERED,
     Kind.CLEAN: MAX_BITMAP,
     Kind.ROUND: 0,
 }
@@ -248,6 +255,56 @@ def check_packed(header: Header, area: str, npages: int, page_size: int) -> None
         )
 
 
+def pack_scattered(area: int, ranges: Sequence[tuple[int, int]], page_size: int) -> bytes:
+    """Return the header and the ranges (first page, count) of a SCATTERED frame; the content of all
+    of them follows, in that order.
+    """
+    nr, pages = len(ranges), sum(count for _, count in ranges)
+    if not 1 <= nr <= MAX_SCATTERED_RANGES or pages * page_size > MAX_SCATTERED:
+        raise ValueError(f"{nr} ranges of {pages} pages in one SCATTERED")
+    words: Iterable[int] = (word for one in ranges for word in one)
+    length = nr * _RANGE_SIZE + pages * page_size
+    return pack(Kind.SCATTERED, length, area, nr) + struct.pack(f"!{2 * nr}Q", *words)
+
+
+def scattered_ranges_size(header: Header, area: str) -> int:
+    """Return how many bytes of a SCATTERED frame are its ranges.  Raises ProtocolError."""
+    size = header.count * _RANGE_SIZE
+    if not 1 <= header.count <= MAX_SCATTERED_RANGES or size >= header.length:
+        raise ProtocolError(
+            f"SCATTERED of {header.count} range(s) of area {area} with {header.length} bytes"
+        )
+    return size
+
+
+def unpack_scattered(
+    header: Header, raw: bytes | bytearray | memoryview, area: str, npages: int, page_size: int
+) -> list[tuple[int, int]]:
+    """Return the ranges of a SCATTERED, the first scattered_ranges_size() bytes of its payload.
+
+    Raises ProtocolError for one that is empty or past the end, and where they are not what the
+    frame has content for.
+    """
+    ranges = _ranges("SCATTERED", raw, header.count, area, npages)
+    content = sum(count for _, count in ranges) * page_size
+    if content > MAX_SCATTERED or header.length != header.count * _RANGE_SIZE + content:
+        raise ProtocolError(
+            f"SCATTERED of {header.count} range(s) of area {area} with {header.length} bytes, "
+            f"{content} of content are expected, {MAX_SCATTERED} allowed"
+        )
+    return ranges
+
+
+def _ranges(
+    what: str, raw: bytes | bytearray | memoryview, nr: int, area: str, npages: int
+) -> list[tuple[int, int]]:
+    words = struct.unpack(f"!{2 * nr}Q", raw)
+    ranges = list(zip(words[0::2], words[1::2], strict=True))
+    for pgoff, count in ranges:
+        check_range(what, area, pgoff, count, npages)
+    return ranges
+
+
 def pack_offsets(kind: Kind, area: int, offsets: Sequence[int]) -> bytes:
     """Return a REQUEST or DISCARD frame, header and payload, of at most MAX_OFFSETS offsets."""
     count = len(offsets)
@@ -298,11 +355,7 @@ def unpack_ranges(
         raise ProtocolError(
             f"ZERO of {header.count} range(s) with {header.length} bytes of payload"
         )
-    words = struct.unpack(f"!{2 * header.count}Q", payload)
-    ranges = list(zip(words[0::2], words[1::2], strict=True))
-    for pgoff, count in ranges:
-        check_range("ZERO", area, pgoff, count, npages)
-    return ranges
+    return _ranges("ZERO", payload, header.count, area, npages)
 
 
 def pack_bitmap(

@@ -23,13 +23,18 @@ from pyumem.worker import Channel, run
 
 
 class PrecopyFiller(Filler):
-    """Takes PAGES and ZERO of pages that may come more than once."""
+    """Takes pages that may come more than once."""
 
     def _pages(self, header: wire.Header, area: AreaLike) -> None:
         pgoff, count = header.pgoff, header.count
         wire.check_pages(header, area.name, area.npages, PAGE_SIZE)
         self._receive(area, pgoff, count)
         self._stats.add(Counter.PAGES, count)
+
+    def _scattered(self, header: wire.Header, area: AreaLike) -> None:
+        ranges = self._scattered_ranges(header, area)
+        self._receive_scattered(area, ranges)
+        self._stats.add(Counter.PAGES, sum(count for _, count in ranges))
 
     def _zero(self, header: wire.Header, area: AreaLike) -> None:
         ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)

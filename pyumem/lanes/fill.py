@@ -39,7 +39,7 @@ from pyumem.shm import ProcessLock, SharedMemory
 from pyumem.stats import Counter, StatsBlock
 
 PAGE_SIZE: Final = mmap.PAGESIZE
-BUFFER_PAGES: Final = max(1, wire.MAX_PACKED // PAGE_SIZE)
+BUFFER_PAGES: Final = max(1, max(wire.MAX_PACKED, wire.MAX_SCATTERED) // PAGE_SIZE)
 BUFFER_SIZE: Final = BUFFER_PAGES * PAGE_SIZE
 """Fits the second-level cache, and bounds for how long a lane has the file's lock."""
 _NO_MEMORY_S: Final = 0.2
@@ -198,7 +198,7 @@ class Arrivals:
 
 
 class Filler:
-    """Takes PAGES and ZERO frames of one lane."""
+    """Takes the frames with pages of one lane."""
 
     def __init__(
         self,
@@ -224,6 +224,7 @@ class Filler:
         self._buffer = memoryview(mmap.mmap(-1, BUFFER_SIZE))
         self._unpack = unpack
         self._packed = memoryview(mmap.mmap(-1, wire.MAX_PACKED))
+        self._ranges = memoryview(bytearray(wire.MAX_LENGTH[wire.Kind.SCATTERED]))
 
     def take(self, header: wire.Header) -> None:
         """Receive and mark what the frame brings.
@@ -234,6 +235,8 @@ class Filler:
             area = self._area(header)
             if header.kind is wire.Kind.PAGES:
                 self._pages(header, area)
+            elif header.kind is wire.Kind.SCATTERED:
+                self._scattered(header, area)
             elif header.kind is wire.Kind.PACKED and self._unpack is not None:
                 self._unpack_pages(header, area, self._unpack)
             elif header.kind is wire.Kind.ZERO:
@@ -264,6 +267,32 @@ class Filler:
             with self._buffer[: pages * PAGE_SIZE] as data:
                 self._link.receive_into(data)
                 self._write(area, start, data)
+
+    def _scattered(self, header: wire.Header, area: AreaLike) -> None:
+        ranges = self._scattered_ranges(header, area)
+        slots = [
+            self._fresh("SCATTERED", header.area, area, pgoff, count) for pgoff, count in ranges
+        ]
+        self._receive_scattered(area, ranges)
+        self._mark(area, slots[0], ranges, touch=self._touch)
+        self._stats.add(Counter.PAGES, sum(count for _, count in ranges))
+
+    def _scattered_ranges(self, header: wire.Header, area: AreaLike) -> list[tuple[int, int]]:
+        size = wire.scattered_ranges_size(header, area.name)
+        with self._ranges[:size] as raw:
+            self._link.receive_into(raw)
+            return wire.unpack_scattered(header, raw, area.name, area.npages, PAGE_SIZE)
+
+    def _receive_scattered(self, area: AreaLike, ranges: Sequence[tuple[int, int]]) -> None:
+        """Receive the content of ranges, and write it where it belongs."""
+        size = sum(count for _, count in ranges) * PAGE_SIZE
+        with self._buffer[:size] as data:
+            self._link.receive_into(data)
+            at = 0
+            for pgoff, count in ranges:
+                with data[at : at + count * PAGE_SIZE] as part:
+                    self._write(area, pgoff, part)
+                at += count * PAGE_SIZE
 
     def _unpack_pages(
         self,

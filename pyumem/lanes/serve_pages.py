@@ -5,6 +5,7 @@ is zero.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -55,6 +56,34 @@ class Sender:
                 self._stats.add(Counter.PAGES, run)
         self.zero(area, zero)
         return sent
+
+    def send_runs(self, area: int, runs: Sequence[tuple[int, int]]) -> int:
+        """Send claimed ranges of together at most RUN_PAGES: several that have content in one
+        frame, since a frame costs more than a page, unless they are worth compressing.  Returns the
+        bytes of content that went.  Raises LinkError.
+        """
+        if len(runs) == 1 or (self._packer and self._packer.decision.wants()):
+            return sum(self.send(area, pgoff, count) for pgoff, count in runs)
+        ram = self._ram[area]
+        content: list[tuple[int, int]] = []
+        zero: list[tuple[int, int]] = []
+        for pgoff, count in runs:
+            for has_content, first, nr in ram.pieces(pgoff, count):
+                (content if has_content else zero).append((first, nr))
+        pages = sum(nr for _, nr in content)
+        for at in range(0, len(content), wire.MAX_SCATTERED_RANGES):
+            self._send_scattered(area, content[at : at + wire.MAX_SCATTERED_RANGES])
+        self._stats.add(Counter.PAGES, pages)
+        if self._packer:
+            self._packer.decision.sent(pages * PAGE_SIZE)
+        self.zero(area, zero)
+        return pages * PAGE_SIZE
+
+    def _send_scattered(self, area: int, ranges: Sequence[tuple[int, int]]) -> None:
+        with contextlib.ExitStack() as stack:
+            ram = self._ram[area]
+            views = [stack.enter_context(ram.view(first, nr)) for first, nr in ranges]
+            self._link.send(wire.pack_scattered(area, ranges, PAGE_SIZE), *views)
 
     def _send_run(self, area: int, pgoff: int, count: int, view: memoryview) -> int:
         packed = self._packer.pack(view) if self._packer else None

@@ -124,12 +124,13 @@ class BackgroundLane:
     def _send_runs(self) -> bool:
         slots = self._claims.slots
         while longest := self._pacer.next_run(RUN_PAGES):
-            if not (claimed := self._claims.claim_run(longest)):
+            if not (runs := self._claims.claim_runs(longest, wire.MAX_SCATTERED_RANGES)):
                 return True
-            start, count = claimed
             self._pacer.begins()
-            area = slots.area_of(start)
-            self._pacer.took(self._sender.send(area, start - slots.bases[area], count))
+            area = slots.area_of(runs[0][0])
+            base = slots.bases[area]
+            sent = self._sender.send_runs(area, [(start - base, nr) for start, nr in runs])
+            self._pacer.took(sent)
             if self._stopped():
                 return False
         return False

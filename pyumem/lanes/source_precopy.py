@@ -75,12 +75,13 @@ class PrecopyLane:
         slots = self._claims.slots
         while True:
             longest = self._pacer.next_run(RUN_PAGES)
-            if not (claimed := self._claims.claim_run(longest)):
+            if not (runs := self._claims.claim_runs(longest, wire.MAX_SCATTERED_RANGES)):
                 break
-            start, count = claimed
             self._pacer.begins()
-            area = slots.area_of(start)
-            self._pacer.took(self._sender.send(area, start - slots.bases[area], count))
+            area = slots.area_of(runs[0][0])
+            base = slots.bases[area]
+            sent = self._sender.send_runs(area, [(start - base, nr) for start, nr in runs])
+            self._pacer.took(sent)
             self._look(0)
         self._link.send(wire.pack(wire.Kind.ROUND))
         header = self._link.header()

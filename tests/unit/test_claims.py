@@ -51,13 +51,25 @@ def test_ranges(claims: ClaimMap) -> None:
 
 
 def test_runs_follow_the_cursor_and_stay_within_an_area(claims: ClaimMap) -> None:
-    assert claims.claim_run(64) == (0, 64)
+    assert claims.claim_runs(64) == [(0, 64)]
     claims.claim([90])
-    assert claims.claim_run(64) == (91, 9)
-    assert claims.claim_run(64) == (100, 50)
-    assert claims.claim_run(64) == (64, 26)
-    assert claims.claim_run(64) is None
+    assert claims.claim_runs(64) == [(91, 9)]
+    assert claims.claim_runs(64) == [(100, 50)]
+    assert claims.claim_runs(64) == [(64, 26)]
+    assert claims.claim_runs(64) == []
     assert claims.claimed() == 150
+
+
+def test_runs_that_lie_apart(claims: ClaimMap) -> None:
+    claims.claim([*range(0, 100, 2)])
+    claims.cursor = 10
+    assert claims.claim_runs(3, 64) == [(11, 1), (13, 1), (15, 1)]
+    assert claims.cursor == 16
+    assert claims.claim_runs(64, 2) == [(17, 1), (19, 1)]
+    assert claims.claim_runs(64, 64)[-1] == (99, 1), "not beyond its area"
+    assert claims.claim_runs(64, 64) == [(100, 50)]
+    assert claims.claim_runs(64, 64) == [(1, 1), (3, 1), (5, 1), (7, 1), (9, 1)]
+    assert claims.claim_runs(64, 64) == []
 
 
 @given(
@@ -81,17 +93,19 @@ def test_every_slot_once(sizes: list[int], steps: list[tuple[str, object]]) -> N
             seen += claims.claim([n % total for n in how])
         elif what == "run":
             assert isinstance(how, int)
-            if run := claims.claim_run(how):
-                assert run[1] <= how
-                assert claims.slots.area_of(run[0]) == claims.slots.area_of(sum(run) - 1)
-                seen += range(run[0], sum(run))
+            runs = claims.claim_runs(how, 3)
+            assert len(runs) <= 3 and sum(count for _, count in runs) <= how
+            ends = [slot for run in runs for slot in (run[0], sum(run) - 1)]
+            assert ends == sorted(ends)
+            assert len({claims.slots.area_of(slot) for slot in ends}) <= 1
+            seen += [slot for run in runs for slot in range(run[0], sum(run))]
         else:
             assert isinstance(how, tuple)
             start = how[0] % total
             for first, count in claims.claim_range(start, min(how[1], total - start)):
                 seen += range(first, first + count)
-    while run := claims.claim_run(7):
-        seen += range(run[0], sum(run))
+    while runs := claims.claim_runs(7, 2):
+        seen += [slot for run in runs for slot in range(run[0], sum(run))]
     assert sorted(seen) == list(range(total))
     claims.close()
 
@@ -102,8 +116,9 @@ from pyumem.claims import ClaimMap, Slots
 claims = ClaimMap.attach(int(sys.argv[1]), Slots([20000]))
 mine = []
 chooser = random.Random(int(sys.argv[2]))
-while run := claims.claim_run(7):
-    mine += range(run[0], sum(run))
+while runs := claims.claim_runs(7, 3):
+    for run in runs:
+        mine += range(run[0], sum(run))
     mine += claims.claim([chooser.randrange(20000) for _ in range(3)])
 print(*mine)
 """

@@ -393,6 +393,29 @@ def test_compressed_pages_arrive_as_they_were(world: World) -> None:
     assert source.bytes_sent < 140 * PAGE
 
 
+@pytest.mark.parametrize("pack", [None, Always()])
+def test_pages_that_lie_apart_go_together(world: World, pack: Always | None) -> None:
+    """Every other page is there already, as after pre-copy or many requests."""
+    world.fill(0, range(300))
+    world.fill(1, range(0, 100, 3))
+    urgent, _ = world.start_urgent()
+    background, _ = world.start_background(decision=pack)
+    urgent.go()
+    for page in range(0, 300, 2):
+        world.areas[0].touch(page)
+    for page in range(0, 300, 2):
+        world.areas[0].wait_cached(page)
+    background.go()
+    for area in world.areas:
+        area.wait_complete()
+    world.check()
+    source, destination = world.total("sb"), world.total("db")
+    assert source.pages == destination.pages == 150 + 34
+    assert source.bytes_sent == destination.bytes_received
+    # A header for a page each would be more than this.
+    assert pack or source.bytes_sent < 184 * (PAGE + 16) + 24 * 12 + 16 * 70
+
+
 def test_a_limit_is_one_of_the_bytes_on_the_wire(shm: Path) -> None:
     world = World(shm, sizes=(4000,))
     with world.paths[0].open("r+b") as file:
@@ -644,6 +667,11 @@ PAGES_0 = wire.pack_pages(0, 0, 1, PAGE)
         (struct.pack("!HBBIHHIQ", wire.MAGIC, 1, 18, 1 << 31, 0, 0, 0, 0), "at most"),
         (PAGES_0 + b"x" * PAGE + PAGES_0 + b"y" * PAGE, "sent before"),
         (wire.pack_ranges(0, [(0, 4), (3, 1)]), "sent before"),
+        (wire.pack_scattered(0, [(5, 1), (4, 2)], PAGE) + bytes(3 * PAGE), "sent before"),
+        (wire.pack_scattered(1, [(0, 1), (99, 2)], PAGE), "area vm.ram1 has 100 pages"),
+        (wire.pack(Kind.SCATTERED, 16 + PAGE, 0, 1) + bytes(16), "SCATTERED of 0 page"),
+        (wire.pack(Kind.SCATTERED, 16, 0, 1), "SCATTERED of 1 range"),
+        (wire.pack(Kind.SCATTERED, 8 * PAGE, 0, 65), "SCATTERED of 65 range"),
         (PAGES_0 + b"x" * 100, "closed within"),
     ],
 )

@@ -60,8 +60,8 @@ class FakeWorker:
     async def _round(self) -> None:
         scene = self.scene
         sent = 0
-        while claimed := scene.precopy.claims.claim_run(8):
-            start, count = claimed
+        while claimed := scene.precopy.claims.claim_runs(8):
+            [(start, count)] = claimed
             sent |= ((1 << count) - 1) << start
             scene.there |= ((1 << count) - 1) << start
             scene.totals.pages += count

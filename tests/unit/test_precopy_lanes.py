@@ -144,6 +144,8 @@ def test_a_hole_is_not_read_into_being(world: World) -> None:
     [
         (wire.pack_pages(0, 299, 2, PAGE_SIZE), "from page 299 on"),
         (wire.pack_ranges(1, [(99, 2)]), "area vm.ram1 has 100 pages"),
+        (wire.pack_scattered(1, [(0, 1), (99, 2)], PAGE_SIZE), "area vm.ram1 has 100 pages"),
+        (wire.pack(Kind.SCATTERED, 16 + PAGE_SIZE, 0, 2) + bytes(32), "SCATTERED of 0 page"),
         (wire.pack(Kind.BYE), "does not belong"),
         (b"x" * 64, "not umem's protocol"),
         (b"", "closed a pre-copy lane before its end"),
@@ -167,5 +169,5 @@ def test_the_rest_of_a_round_can_be_taken_back() -> None:
     claims.claim([0, 5, 399])
     free = claims.take_free()
     assert free == ((1 << 400) - 1) & ~(1 | 1 << 5 | 1 << 399)
-    assert claims.take_free() == 0 and claims.claim_run(64) is None
+    assert claims.take_free() == 0 and claims.claim_runs(64) == []
     claims.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 from hypothesis import given
@@ -140,6 +141,32 @@ def test_compressed_pages_are_within_area_and_bounds_or_refused(
         assert not good and "area a" in str(e)
 
 
+@given(
+    st.lists(st.tuples(u64 | st.integers(0, 90), u64 | st.integers(0, 70)), max_size=66),
+    st.integers(1, 100),
+    st.integers(0, wire.MAX_LENGTH[Kind.SCATTERED]) | st.none(),
+)
+def test_scattered_pages_are_within_area_and_bounds_or_refused(
+    ranges: list[tuple[int, int]], npages: int, length: int | None
+) -> None:
+    pages = sum(count for _, count in ranges)
+    expected = 16 * len(ranges) + 4096 * pages
+    length = min(expected, wire.MAX_LENGTH[Kind.SCATTERED]) if length is None else length
+    inside = all(count >= 1 and pgoff + count <= npages for pgoff, count in ranges)
+    good = 1 <= len(ranges) <= 64 and inside and pages <= 64 and length == expected
+    header = Header(Kind.SCATTERED, length, 5, len(ranges), 0)
+    raw = struct.pack(f"!{2 * len(ranges)}Q", *(word for one in ranges for word in one))
+    try:
+        assert wire.scattered_ranges_size(header, "a") == len(raw)
+        assert wire.unpack_scattered(header, raw, "a", npages, 4096) == ranges
+        assert good
+    except ProtocolError as e:
+        assert not good and "area a" in str(e)
+    if good:
+        packed = wire.pack_scattered(5, ranges, 4096)
+        assert wire.unpack(packed) == header and packed[24:] == raw
+
+
 @given(st.binary(max_size=200), u32)
 def test_payloads_of_a_wrong_length_are_refused(payload: bytes, count: int) -> None:
     for kind, size in ((Kind.REQUEST, 8), (Kind.ZERO, 16)):
@@ -160,6 +187,9 @@ def test_too_many_in_one_frame_is_our_own_mistake() -> None:
         wire.pack_ranges(0, [(0, 1)] * 4097)
     with pytest.raises(ValueError):
         wire.pack_offsets(Kind.REQUEST, 0, [])
+    for ranges in ([(0, 65)], [(2 * n, 1) for n in range(65)], []):
+        with pytest.raises(ValueError, match="in one SCATTERED"):
+            wire.pack_scattered(0, ranges, 4096)
 
 
 # --- JSON ---
