@@ -12,7 +12,7 @@
  *
  * To read a bit is to clear it and to take the entries away, in this order:
  *
- *	umem_dirty_clear_run()		umem_vm_page_mkwrite()
+ *	umem_dirty_take_word()		umem_vm_page_mkwrite()
  *
  *	clear the bit			lock the folio
  *	lock and unlock the folio	set the bit
@@ -55,6 +55,14 @@
 /* Pages whose entries are taken away at a time; the largest granule has so many. */
 #define UMEM_DIRTY_RUN	(UMEM_GRANULE_MAX >> PAGE_SHIFT)
 
+/*
+ * Granules that were not written between two that were: the entries of up to so
+ * many are taken away with theirs.  Taking entries away costs a flush of every
+ * TLB, and of KVM's tables, for each stretch; what is read of them meanwhile costs
+ * a minor fault.
+ */
+#define UMEM_DIRTY_GAP	8
+
 /**
  * umem_dirty_set() - pages have been written, or are about to be
  * @area: the area, of which the log is on or was a moment ago
@@ -73,7 +81,7 @@ void umem_dirty_set(struct umem_area *area, pgoff_t start, unsigned long count)
 	/*
 	 * What was done to the pages first, be it that they came into the page cache, or
 	 * that they were punched out: a bit that is found set is cleared after it.
-	 * Pairs with umem_dirty_clear_run().
+	 * Pairs with umem_dirty_forget_run().
 	 */
 	smp_mb();
 	last = (end - 1) >> area->order;
@@ -104,25 +112,30 @@ static bool umem_folio_is_held(struct folio *folio)
 }
 
 /*
- * Clear the bits of a run of granules, of at most UMEM_DIRTY_RUN pages, and have
- * their next writers come again.
+ * Have the next writers of a stretch of granules, of at most UMEM_DIRTY_RUN pages,
+ * come again.  @taken has a bit for each, set for those whose bits were cleared; NULL
+ * stands for all.  Of the others nobody holds a reference by which to write.
  */
-static void umem_dirty_clear_run(struct umem_area *area, unsigned long index,
-				 unsigned long end, struct folio **folios)
+static void umem_dirty_forget_run(struct umem_area *area, unsigned long index,
+				  unsigned long end, const u64 *taken,
+				  struct folio **folios)
 {
 	pgoff_t start = (pgoff_t)index << area->order;
 	pgoff_t stop = (pgoff_t)end << area->order, page;
 	struct address_space *mapping = area->backing->f_mapping;
+	unsigned long granule;
 	unsigned int i, nr = 0;
 	struct folio *folio;
 
-	for (; index < end; index++)
-		if (test_bit(index, area->dirty))
-			clear_bit(index, area->dirty);
 	/* The bits first, then the page cache.  Pairs with umem_dirty_set(). */
 	smp_mb();
 
 	for (page = start; page < stop; page++) {
+		granule = page >> area->order;
+		if (taken && !(*taken & BIT_ULL(granule - index))) {
+			page = ((pgoff_t)(granule + 1) << area->order) - 1;
+			continue;
+		}
 		folio = umem_lock_folio(mapping, page);
 		if (!folio)
 			continue;
@@ -150,18 +163,24 @@ static u64 umem_dirty_take_word(struct umem_area *area, unsigned long first,
 {
 	unsigned long last = min(first + 64, area->ngranules);
 	unsigned long most = max(UMEM_DIRTY_RUN >> area->order, 1UL);
-	unsigned long index, end;
-	u64 word = 0;
+	unsigned long index, start, end;
+	u64 word = 0, taken;
 
-	for (index = first; ; index = end) {
-		index = find_next_bit(area->dirty, last, index);
-		if (index >= last)
-			return word;
-		end = find_next_zero_bit(area->dirty, min(last, index + most),
-					 index);
-		word |= GENMASK_ULL(end - 1 - first, index - first);
-		umem_dirty_clear_run(area, index, end, folios);
+	index = find_next_bit(area->dirty, last, first);
+	while (index < last) {
+		start = index;
+		taken = 0;
+		do {
+			clear_bit(index, area->dirty);
+			taken |= BIT_ULL(index - start);
+			end = index + 1;
+			index = find_next_bit(area->dirty, last, end);
+		} while (index < last && index - end <= UMEM_DIRTY_GAP &&
+			 index < start + most);
+		umem_dirty_forget_run(area, start, end, &taken, folios);
+		word |= taken << (start - first);
 	}
+	return word;
 }
 
 /**
@@ -238,8 +257,9 @@ static int umem_dirty_forget(struct umem_area *area, struct folio **folios)
 		if (fatal_signal_pending(current))
 			return -EINTR;
 		index = round_down(page >> area->order, step);
-		umem_dirty_clear_run(area, index,
-				     min(index + step, area->ngranules), folios);
+		umem_dirty_forget_run(area, index,
+				      min(index + step, area->ngranules), NULL,
+				      folios);
 		page = (index + step) << area->order;
 		cond_resched();
 	}

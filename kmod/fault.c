@@ -347,7 +347,7 @@ long umem_face_fallocate(struct file *face, int mode, loff_t offset, loff_t len)
 	ret = backing->f_op->fallocate(backing, mode, offset, len);
 	/*
 	 * It reads as zeros now, or some of it does: first that, then look whether the
-	 * log is on.  Pairs with umem_dirty_clear_run(), of umem_dirty_start().
+	 * log is on.  Pairs with umem_dirty_forget_run(), of umem_dirty_start().
 	 */
 	smp_mb();
 	if (READ_ONCE(area->logging))

@@ -110,6 +110,22 @@ def test_each_write_is_in_one_round(whole: Area, agent: Agent, base: int) -> Non
     assert agent.word(base, 3) == 3
 
 
+def test_pages_between_those_that_were_written(whole: Area, agent: Agent, base: int) -> None:
+    """Their entries are taken away along with those of their neighbours, and that is all."""
+    for distance in (1, 2, 8, 9, 10, 11, 31):
+        pages = [*range(1, NPAGES, distance)]
+        for page in pages:
+            agent.do("poke", base + page * PAGE, page + 100)
+        assert dirty(whole) == pages, distance
+        assert dirty(whole) == [], distance
+    for page in (5, 13):
+        agent.do("poke", base + page * PAGE, 1)
+    assert dirty(whole) == [5, 13]
+    agent.do("poke", base + 9 * PAGE, 2)
+    assert agent.word(base, 7) == 107
+    assert dirty(whole) == [9], "who writes between them comes by, too"
+
+
 def test_looking_clears_nothing(whole: Area, agent: Agent, base: int) -> None:
     agent.do("poke", base + 3 * PAGE, 1)
     for _ in range(2):
