@@ -213,6 +213,19 @@ WORLDS: list[World] = []
 
 
 @contextlib.contextmanager
+def watched(both: World) -> Iterator[World]:
+    """Have a failure within the block show what every program said, before it is all gone."""
+    WORLDS.append(both)
+    try:
+        yield both
+    except BaseException:
+        print(both.told())
+        raise
+    finally:
+        WORLDS.remove(both)
+
+
+@contextlib.contextmanager
 def world(
     tmp: Path, link: Link | None = None, *, tls: bool = False, more_names: tuple[str, ...] = ()
 ) -> Iterator[World]:
@@ -222,14 +235,8 @@ def world(
     with two_hosts(link) as (source, destination), contextlib.ExitStack() as stack:
         names = (destination.address, *more_names)
         directory = certificates.make(tmp / "tls", *names) if tls else None
-        both = World(source, destination, tmp, stack, directory)
-        WORLDS.append(both)
-        stack.callback(WORLDS.remove, both)
-        try:
+        with watched(World(source, destination, tmp, stack, directory)) as both:
             yield both
-        except BaseException:
-            print(both.told())  # before it is all gone
-            raise
 
 
 def report_of(migrate: Program) -> dict[str, Any]:
