@@ -210,7 +210,10 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
     # translation of code that another one had patched meanwhile.  The kernel
     # patches itself (static keys); one that still met the breakpoint of a patch
     # that was over died by "Oops: int3".
-    argv += ["--qemu-bin", str(BUILD / "qemu-10.0" / "qemu-system-x86_64")]
+    # Where it was built, one whose emulated SVM has been mended: scripts/setup-machine-qemu.sh.
+    mended = BUILD / "machine-qemu" / "qemu-system-x86_64"
+    stock = BUILD / "qemu-10.0" / "qemu-system-x86_64"
+    argv += ["--qemu-bin", str(mended if mended.exists() else stock)]
     if not accel_kvm:
         argv += ["--disable-kvm"]
         # Emulated TSCs agree, but the kernel does not believe it and would read
