@@ -30,6 +30,8 @@ GUEST_MEM ?= 256M
 RATE ?= 1gbit
 DELAY ?= 0.2ms
 ROUNDS ?= 5
+QUICK ?=
+BENCH ?=
 
 ONE_KERNEL := $(or $(KERNEL),6.1)
 THE_KERNELS := $(or $(KERNEL),$(KERNELS))
@@ -71,6 +73,12 @@ $(STAMPS)/checkpatch: scripts/setup-checkpatch.sh | $(STAMPS)/apt
 $(STAMPS)/shapes: scripts/setup-shapes.sh | $(STAMPS)/apt
 	@scripts/setup-shapes.sh
 
+$(STAMPS)/machine-qemu: scripts/setup-machine-qemu.sh | $(STAMPS)/qemu-10.0
+	@scripts/setup-machine-qemu.sh
+
+$(STAMPS)/bench-guest: scripts/setup-bench-guest.sh $(wildcard bench/migration/guest/*) bench/migration/rawtcp.c | $(STAMPS)/apt
+	@scripts/setup-bench-guest.sh
+
 $(STAMPS)/packaging: scripts/setup-packaging.sh | $(STAMPS)/apt
 	@scripts/setup-packaging.sh
 
@@ -87,6 +95,9 @@ $(STAMPS)/toolchain: scripts/setup-toolchain.sh | $(STAMPS)/apt
 
 .PHONY: setup
 setup: $(STAMPS)/venv $(KERNELS:%=$(STAMPS)/kernel-%) $(STAMPS)/vm-image $(STAMPS)/guest $(STAMPS)/qemu-10.0 ## get packages, .venv, test kernels, QEMU 10 and the inner guest
+
+.PHONY: machine-qemu
+machine-qemu: $(STAMPS)/machine-qemu ## build a QEMU for the test machine in which KVM works better (Documentation/testing.rst)
 
 .PHONY: module
 module: $(THE_KERNELS:%=module-%) ## build umem.ko for the test kernels, or for KERNEL=6.1|6.12
@@ -160,6 +171,10 @@ test-debug-kernel: ## tests of the driver on a kernel with KASAN, lockdep, kmeml
 test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driver on Debian's newest kernel, and a build on 5.10
 	@scripts/lint.sh more-kernels
 	@$(MAKE) test-driver KERNEL=newest
+
+.PHONY: bench
+bench: $(STAMPS)/vm-image $(STAMPS)/bench-guest $(STAMPS)/machine-qemu module-$(ONE_KERNEL) ## measure whole migrations against QEMU's own, in the VM (QUICK=1 KERNEL= CPUS= BENCH='--settings ... --contenders ... --rounds N')
+	@$(PY) -m bench.migration.run --kernel $(ONE_KERNEL) --cpus $(CPUS) $(if $(QUICK),--quick) $(BENCH)
 
 .PHONY: bench-fault
 bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults against userfaultfd, in the VM (KERNEL= CPUS= ROUNDS=)

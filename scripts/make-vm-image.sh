@@ -55,7 +55,8 @@ rm -rf "$stage"/usr/lib/python3.*/{test,idlelib,turtledemo,config-*}
 # The tools that never run in the machine stay on 9p.
 cp -a "$ROOT/.venv/." "$stage/venv"
 rm -rf "$stage"/venv/bin/{ruff,virtme*,vng*}
-for package in mypy mypyc ruff virtme virtme_ng pip virtualenv nodeenv; do
+for package in mypy mypyc ruff virtme virtme_ng pip virtualenv nodeenv matplotlib mpl_toolkits \
+	numpy numpy.libs PIL pillow.libs fontTools kiwisolver contourpy; do
 	rm -rf "$stage"/venv/lib/python3.*/site-packages/"$package"
 done
 

@@ -12,7 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.fault.run import GCC, OUT, UAPI, environment
+from bench.environment import environment
+from bench.fault.run import GCC, OUT, UAPI
 from tests.vm import harness
 
 SOURCE = Path(__file__).parent / "dirty.c"

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Builds the program, boots one machine, runs the plan in it, shows what came out."""
 
-import datetime
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -13,10 +10,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from bench.environment import environment
 from bench.fault import plan
 from bench.fault.results import Results, as_json
 from bench.fault.tables import tables
-from tests.vm import harness, kvm
+from tests.vm import harness
 
 HERE = Path(__file__).parent
 OUT = harness.BUILD / "bench"
@@ -35,30 +33,6 @@ def build() -> Path:
         names = [str(path) for path in sources]
         subprocess.run([*GCC, f"-I{UAPI}", *names, "-o", str(program)], check=True)
     return program
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(
-        ["git", *words], cwd=harness.ROOT, check=False, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-def environment(kernel: str, cpus: int, mem: str, rounds: int) -> dict[str, object]:
-    """Return what a figure means nothing without."""
-    return {
-        "kernel": harness.kernel_release(kernel),
-        "cpus": cpus,
-        "memory": mem,
-        "accel": "kvm" if kvm.really_works(harness.BUILD) else "tcg",
-        "rounds": rounds,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain")),
-        "host_kernel": platform.release(),
-        "host_cpus": os.cpu_count(),
-        "host_load": os.getloadavg()[0],
-    }
 
 
 def measure(kernel: str, cpus: int, mem: str, rounds: int, console: Console) -> Results:

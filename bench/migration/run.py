@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Behind `make bench`: boots the machine, collects what it measures, writes the report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.environment import environment
+from bench.migration import plan
+from bench.migration.report import tables, write
+from bench.migration.results import Limit, Process, Results, Sample
+from tests.vm import harness
+
+OUT = harness.BUILD / "bench" / "migration"
+_BOOT_S = 120
+_SAMPLE_S = 300
+"""What one migration may take with everything around it, before the machine is killed."""
+
+
+def sample_of(told: dict[str, Any]) -> Sample:
+    """Return the sample of a line of the machine's.  Raises TypeError, KeyError."""
+    told = {name: value for name, value in told.items() if name != "what"}
+    told["processes"] = [Process(**one) for one in told["processes"]]
+    for name in ("timeline", "latency_histogram"):
+        told[name] = [tuple(point) for point in told[name]]
+    return Sample(**told)
+
+
+def median_limits(lines: list[dict[str, Any]]) -> dict[str, Limit]:
+    """Return each link's limit, from its measurements."""
+    by_link: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        by_link[line["link"]].append(line)
+    names = ("request_p50_us", "request_p99_us", "stream_mib_s")
+    return {
+        link: Limit(**{name: statistics.median(one[name] for one in found) for name in names})
+        for link, found in by_link.items()
+    }
+
+
+def measure(results: Results, argv: list[str], rounds: int, console: Console) -> int:
+    """Run the plan in a machine; returns its exit status.  What came before a failure is kept."""
+    expected = len(results.settings) * len(results.contenders) * rounds
+    limits: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        subprocess.Popen(argv, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True) as process,
+        Progress(*columns, console=console) as progress,
+    ):
+        task = progress.add_task("booting", total=expected)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"what": "limit"'):
+                limits.append(json.loads(line))
+                results.limits = median_limits(limits)
+            elif line.startswith('{"what": "sample"'):
+                sample = sample_of(json.loads(line))
+                results.samples.append(sample)
+                told = sample.error or f"{sample.total_s:.1f} s, silent {sample.silence_ms:.0f} ms"
+                text = f"{sample.setting}, round {sample.round + 1}, {sample.contender}: {told}"
+                progress.console.print(text, markup=False, highlight=False)
+                progress.update(task, advance=1, description=sample.setting)
+            else:
+                progress.console.print(line.rstrip(), markup=False, highlight=False)
+    return process.returncode
+
+
+def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
+    if text is None:
+        return list(known)
+    wanted = text.split(",")
+    if unknown := set(wanted) - set(known):
+        raise click.UsageError(f"{', '.join(sorted(unknown))}: not among {', '.join(known)}")
+    return [name for name in known if name in wanted]
+
+
+@click.command()
+@click.option("--kernel", type=click.Choice(harness.KERNELS), default="6.1", show_default=True)
+@click.option("--mem", default="6G", show_default=True, help="Memory of the machine.")
+@click.option("--cpus", default=2, show_default=True, help="Processors of the machine.")
+@click.option("--quick", is_flag=True, help="The settings and contenders that say most.")
+@click.option("--settings", help="Names with commas between; default: all.")
+@click.option("--contenders", help="The same.")
+@click.option("--rounds", type=int, help=f"Of each contender.  Default: {plan.ROUNDS}.")
+@click.option("--name", default="migration", show_default=True, help="Of the results.")
+def main(
+    kernel: str,
+    mem: str,
+    cpus: int,
+    quick: bool,
+    settings: str | None,
+    contenders: str | None,
+    rounds: int | None,
+    name: str,
+) -> None:
+    """Measure live migration: umem against QEMU's own, with the same guest, load and link.
+
+    A goal that is missed is shown and is no failure: figures from a busy or an
+    emulated machine are for reading.  A guest whose memory is damaged is one.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    all_settings = tuple(one.name for one in plan.SETTINGS)
+    all_contenders = tuple(one.name for one in plan.CONTENDERS)
+    if quick:
+        settings = settings or ",".join(plan.QUICK_SETTINGS)
+        contenders = contenders or ",".join(plan.QUICK_CONTENDERS)
+    rounds = rounds or (plan.QUICK_ROUNDS if quick else plan.ROUNDS)
+    chosen, players = _names(settings, all_settings), _names(contenders, all_contenders)
+    inside = ["python", "-m", "bench.migration.inside", "--rounds", str(rounds)]
+    inside += ["--settings", ",".join(chosen), "--contenders", ",".join(players)]
+    limit_s = _BOOT_S + _SAMPLE_S * len(chosen) * len(players) * rounds
+    argv = [sys.executable, "-m", "tests.vm", "run", "--kernel", kernel, "--mem", mem]
+    argv += ["--cpus", str(cpus), "--name", f"bench-{name}", "--timeout", str(limit_s)]
+    argv += ["--env", f"PYTHONPATH={harness.ROOT}", "--", *inside]
+    again = ["python", "-m", "bench.migration.run", *sys.argv[1:]]
+    results = Results(
+        command=shlex.join(again),
+        environment=environment(kernel, cpus, mem, rounds),
+        settings=[one for one in plan.SETTINGS if one.name in chosen],
+        contenders=players,
+    )
+    began = time.monotonic()
+    status = measure(results, argv, rounds, console)
+    results.environment["seconds"] = round(time.monotonic() - began)
+    OUT.mkdir(parents=True, exist_ok=True)
+    path: Path = OUT / f"{name}.json"
+    path.write_text(json.dumps(results.to_json(), indent=1) + "\n")
+    if results.samples:
+        for table in tables(results):
+            console.print(table)
+        page = write(results, OUT / name)
+        console.print(f"{path}\n{page}", markup=False, highlight=False)
+    if status:
+        sys.exit(status)
+    if damaged := [one for one in results.samples if one.verdict_ok is False]:
+        raise click.ClickException(f"{len(damaged)} guests say that their memory is damaged")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.migration.run")
