@@ -130,6 +130,8 @@ def ratios(results: Results, setting: Setting, path: Path) -> Path | None:
             axes.plot([at] * len(dots), dots, ".", color="black", ms=3)
     axes.set_yscale("log")
     _plain(axes.yaxis)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.4, low), max(2.5, high))
     axes.axhline(1, color="black", lw=1)
     axes.set_xticks(range(len(shown)), [label for _, label in shown])
     axes.set_ylabel(f"times {PEER} (less is better)")
