@@ -18,7 +18,11 @@ from typing import Final
 RESERVE: Final = 4 << 20
 """Bytes left to QEMU for what it needs itself, page tables for instance."""
 _LOOK: Final = 1 << 20
-"""Bytes that a lane may write between two looks; all lanes together do so within the reserve."""
+"""Bytes that a lane may write between two looks; all lanes together do so within the reserve ..."""
+_SHARE: Final = 64
+"""... or where there is more room, such a part of it, ..."""
+_SELDOM: Final = 16 << 20
+"""... up to so many bytes: a look costs as much as a run or two."""
 _PROC: Final = Path("/proc")
 
 
@@ -70,7 +74,7 @@ class Room:
         """Mind the limits of these cgroups."""
         self._groups = list(groups)
         self._meminfo = proc / "meminfo"
-        self._since = _LOOK
+        self._since = self._every = _LOOK
 
     def lacks(self, nr_bytes: int) -> str:
         """Return what there is too little of for so many bytes more, empty for nothing.
@@ -78,25 +82,34 @@ class Room:
         Costs nothing most of the time.
         """
         self._since += nr_bytes
-        if self._since < _LOOK:
+        if self._since < self._every:
             return ""
-        need = nr_bytes + RESERVE
+        need, least = nr_bytes + RESERVE, _SELDOM * _SHARE
         for group in self._groups:
-            if self._left(group, need) < need:
+            left = self._left(group, need)
+            if left is not None and left < need:
                 return f"memory.max of {group}"
+            least = min(least, least if left is None else left)
         try:
-            if 1024 * _fields(self._meminfo, "MemAvailable", "SwapFree") < need:
+            left = 1024 * _fields(self._meminfo, "MemAvailable", "SwapFree")
+            if left < need:
                 return "the host's memory"
+            least = min(least, left)
         except (OSError, ValueError):
             pass
-        self._since = 0
+        self._since, self._every = 0, max(_LOOK, least // _SHARE)
         return ""
 
-    def _left(self, group: Path, need: int) -> int:
+    def _left(self, group: Path, need: int) -> int | None:
+        """Return the bytes that are left to a group, exactly when it is less than is needed; None
+        for one without a limit.
+        """
         limit, used = _number(group / "memory.max"), _number(group / "memory.current")
-        if limit is None or used is None or limit - used >= need:
-            return need
+        if limit is None or used is None:
+            return None
         left = limit - used
+        if left >= need:
+            return left
         try:
             left += _fields(group / "memory.stat", "active_file", "inactive_file")
             swap = 1024 * _fields(self._meminfo, "SwapFree")

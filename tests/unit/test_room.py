@@ -53,6 +53,25 @@ def test_the_groups_of_a_process(kernel: Kernel) -> None:
     assert groups_of(8, kernel.proc) == []
 
 
+def test_it_looks_more_often_where_there_is_less(kernel: Kernel) -> None:
+    for available, every in ((16 << 20, 16), (128 << 10, 2), (8 << 10, 1)):
+        kernel.host(available=available, swap=0)
+        kernel.set(kernel.group.parent, max="max")
+        room = Room(groups_of(7, kernel.proc), kernel.proc)
+        assert room.lacks(MIB) == ""
+        kernel.host(available=0, swap=0)
+        written = 0
+        while not room.lacks(MIB):
+            written += 1
+        assert written == every - 1, available
+    kernel.host(available=16 << 20, swap=0)
+    kernel.set(kernel.group.parent, max=300 * MIB)  # 200 are left
+    room = Room(groups_of(7, kernel.proc), kernel.proc)
+    assert room.lacks(MIB) == ""
+    kernel.set(kernel.group.parent, max=100 * MIB, stat="active_file 0\ninactive_file 0")
+    assert [room.lacks(MIB) != "" for _ in range(4)] == [False, False, False, True]
+
+
 def test_a_limit_anywhere_above_counts(kernel: Kernel) -> None:
     assert kernel.lacks() == ""
     parent = kernel.group.parent
@@ -82,7 +101,8 @@ def test_a_host_without_memory(kernel: Kernel) -> None:
     assert not kernel.lacks()
 
 
-def test_it_looks_every_mebibyte_and_always_while_there_is_none(kernel: Kernel) -> None:
+def test_it_looks_always_while_there_is_none(kernel: Kernel) -> None:
+    kernel.host(available=8 << 10, swap=0)
     room = Room(groups_of(7, kernel.proc), kernel.proc)
     assert not room.lacks(4096)
     kernel.host(available=0, swap=0)
