@@ -7,6 +7,7 @@ python -m bench.migration.report build/bench/migration/migration.json --out /tmp
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -65,10 +66,6 @@ def _rows(results: Results, setting: Setting) -> list[list[str]]:
     return rows
 
 
-def _failed(results: Results) -> list[object]:
-    return [one for one in results.samples if not one.ok]
-
-
 def tables(results: Results) -> list[Table]:
     """Return the report as tables of rich."""
     goals = Table(title="What is wanted of umem-postcopy", title_justify="left")
@@ -92,6 +89,57 @@ def tables(results: Results) -> list[Table]:
     return found
 
 
+def _list_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
+    for row in (head, *rows):
+        lines += [f"   {'*' if n == 0 else ' '} - {cell}" for n, cell in enumerate(row)]
+    return "\n".join(lines) + "\n"
+
+
+def rst(results: Results) -> str:
+    """Return the figures as tables for Documentation/."""
+    facts = ", ".join(f"{name} {value}" for name, value in results.environment.items())
+    parts = [".. Written by python -m bench.migration.report --rst.\n"]
+    parts.append(f"``{results.command}``: {facts}.\n")
+    goals = [
+        (
+            one.what,
+            one.setting,
+            f"{one.measured:.2f}",
+            f"{'at most' if one.at_most else 'at least'} {one.limit}",
+            "met" if one.met else "**missed**",
+        )
+        for one in wanted(results)
+    ]
+    titles = ["umem-postcopy", "setting", "measured", "wanted", ""]
+    parts.append(_list_table("What is wanted", titles, goals))
+    limits = [
+        (
+            name,
+            *(f"{value:.0f}" for value in (one.request_p50_us, one.request_p99_us)),
+            f"{one.stream_mib_s:.0f}",
+        )
+        for name, one in results.limits.items()
+    ]
+    titles = ["link", "request p50, us", "p99, us", "stream, MiB/s"]
+    parts.append(_list_table("The links by themselves", titles, limits))
+    for setting in results.settings:
+        rows = _rows(results, setting)
+        used = [n for n in range(len(FIGURES) + 1) if any(row[n] != "-" for row in rows)]
+        titles = ["contender", *(title for _, title, _ in FIGURES)]
+        title = f"{setting.name}: median [least..most], x times {PEER} in the same round"
+        shown = [[row[n] for n in used] for row in rows]
+        parts.append(_list_table(title, [titles[n] for n in used], shown))
+    failed = [
+        f"* {one.setting}, {one.contender}, round {one.round + 1}: {one.error}"
+        for one in results.samples
+        if not one.ok
+    ]
+    if failed:
+        parts.append("Not over, or failed:\n\n" + "\n".join(failed) + "\n")
+    return "\n".join(parts)
+
+
 def write(results: Results, folder: Path) -> Path:
     """Write the page with its plots; returns where it is."""
     # What only measures need not have it, and the test machine does not.
@@ -102,7 +150,7 @@ def write(results: Results, folder: Path) -> Path:
     html = environment.from_string(_PAGE.read_text()).render(
         results=results,
         wanted=wanted(results),
-        failed=_failed(results),
+        failed=[one for one in results.samples if not one.ok],
         titles=[title for _, title, _ in FIGURES],
         rows=lambda setting: _rows(results, setting),
         link=link_name,
@@ -120,7 +168,8 @@ def write(results: Results, folder: Path) -> Path:
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  Default: beside the file.")
 @click.option("--text", is_flag=True, help="Tables on the terminal, and no page.")
-def main(path: Path, out: Path | None, text: bool) -> None:
+@click.option("--rst", "as_rst", is_flag=True, help="Tables for Documentation/, and no page.")
+def main(path: Path, out: Path | None, text: bool, as_rst: bool) -> None:
     """Show what a run of the bench found."""
     try:
         results = Results.from_json(json.loads(path.read_text()))
@@ -130,6 +179,9 @@ def main(path: Path, out: Path | None, text: bool) -> None:
         console = Console()
         for table in tables(results):
             console.print(table)
+        return
+    if as_rst:
+        click.echo(rst(results))
         return
     click.echo(write(results, out or path.with_suffix("")))
 

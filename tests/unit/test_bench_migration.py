@@ -118,6 +118,9 @@ def test_the_report_hides_nothing(results: Results, tmp_path: Path) -> None:
         assert plot.stat().st_size > 5000 and f'src="{plot.name}"' in text
     done = CliRunner().invoke(report.main, [str(path), "--text"])
     assert done.exit_code == 0 and "MISSED" in done.output
+    done = CliRunner().invoke(report.main, [str(path), "--rst"])
+    assert done.exit_code == 0 and "**missed**" in done.output
+    assert "* random, qemu-precopy, round 1: not <over>" in done.output
 
 
 def test_another_format_is_refused_in_a_line(tmp_path: Path) -> None:
