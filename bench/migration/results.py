@@ -145,13 +145,16 @@ class Results:
         return statistics.median(values) if values else None
 
     def ratios(self, setting: str, contender: str, what: str, to: str) -> list[float]:
-        """Return the rounds' ratios of a figure to another contender's of the same round."""
+        """Return the rounds' ratios of a figure to another contender's of the same round.
+
+        There is none to nothing, nor to less: work lost is a difference, and may be either.
+        """
         mine = {one.round: getattr(one, what) for one in self.of(setting, contender)}
         others = {one.round: getattr(one, what) for one in self.of(setting, to)}
         return [
             mine[number] / others[number]
             for number in sorted(mine.keys() & others.keys())
-            if mine[number] is not None and others[number]
+            if mine[number] is not None and others[number] is not None and others[number] > 0
         ]
 
     def ratio(self, setting: str, contender: str, what: str, to: str) -> float | None:
@@ -161,7 +164,14 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"format": FORMAT, **asdict(self)}
+        told = {"format": FORMAT, **asdict(self)}
+        for one in told["samples"]:
+            # JSON has no infinity: what has no bound has null.
+            one["latency_histogram"] = [
+                (bound if math.isfinite(bound) else None, requests)
+                for bound, requests in one["latency_histogram"]
+            ]
+        return told
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Results:
@@ -172,8 +182,11 @@ class Results:
         for one in told["samples"]:
             one = dict(one)
             one["processes"] = [Process(**process) for process in one["processes"]]
-            for name in ("timeline", "latency_histogram"):
-                one[name] = [tuple(point) for point in one[name]]
+            one["timeline"] = [tuple(point) for point in one["timeline"]]
+            one["latency_histogram"] = [
+                (math.inf if bound is None else bound, requests)
+                for bound, requests in one["latency_histogram"]
+            ]
             samples.append(Sample(**one))
         return cls(
             told["command"],
@@ -222,30 +235,52 @@ _TO_PEER: tuple[tuple[str, str, float], ...] = (
 
 def wanted(results: Results) -> list[Wanted]:
     """Hold the run against the goals of the project, setting by setting."""
+    return [one for one in _goals(results) if math.isfinite(one.measured)]
+
+
+def unmeasured(results: Results) -> list[Wanted]:
+    """Return the goals that the run was to measure and has no figure for: none is met.
+
+    A contender whose every migration failed would have no goal to miss otherwise.
+    """
+    return [one for one in _goals(results) if not math.isfinite(one.measured)]
+
+
+def _goals(results: Results) -> list[Wanted]:
+    """Return all that are asked of this run, with NaN where there is no figure."""
     found: list[Wanted] = []
+    if OURS not in results.contenders:
+        return found
 
     def add(
         what: str, setting: str, measured: float | None, limit: float, *, at_most: bool = True
     ) -> None:
-        if measured is not None and math.isfinite(measured):
-            found.append(Wanted(what, setting, measured, limit, at_most))
+        figure = math.nan if measured is None else measured
+        found.append(Wanted(what, setting, figure, limit, at_most))
 
     def over(top: float | None, bottom: float | None) -> float | None:
         return top / bottom if top is not None and bottom else None
 
     for setting in results.settings:
         name = setting.name
-        for what, value, limit in _TO_PEER:
+        for what, value, limit in _TO_PEER if PEER in results.contenders else ():
+            if value == "work_lost_s" and setting.workload == "idle":
+                continue
             add(f"{what} / {PEER}", name, results.ratio(name, OURS, value, PEER), limit)
         link = results.limits.get(link_name(setting))
         p50, p99, stream, share = (
             results.median(name, OURS, what)
             for what in ("demand_p50_us", "demand_p99_us", "background_mib_s", "compute_share")
         )
-        if link is not None:
-            add("demand latency p50 / raw TCP", name, over(p50, link.request_p50_us), 2.0)
-            add("demand latency p99 / raw TCP", name, over(p99, link.request_p99_us), 4.0)
-            rate = over(stream, link.stream_mib_s)
-            add("background stream / raw TCP stream", name, rate, 0.8, at_most=False)
-        add("speed of vCPUs that fault nothing", name, share, 0.95, at_most=False)
+        request_p50, request_p99, raw_stream = (
+            (link.request_p50_us, link.request_p99_us, link.stream_mib_s)
+            if link is not None
+            else (None, None, None)
+        )
+        add("demand latency p50 / raw TCP", name, over(p50, request_p50), 2.0)
+        add("demand latency p99 / raw TCP", name, over(p99, request_p99), 4.0)
+        rate = over(stream, raw_stream)
+        add("background stream / raw TCP stream", name, rate, 0.8, at_most=False)
+        if setting.workload == "compute":
+            add("speed of vCPUs that fault nothing", name, share, 0.95, at_most=False)
     return found
