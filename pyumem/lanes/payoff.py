@@ -4,10 +4,11 @@
 It pays where a lane waits for its link, and compressing is faster than waiting.  All is judged in
 windows of some runs, by the seconds that a byte of RAM takes:
 
-    plain    measured.  The lane waits if its thread has used much less CPU time than has passed;
-             if it does not, nothing is tried.  If it does, some runs of the next window go
-             compressed, as samples of what that costs and achieves.  What is then expected,
-                 the longer of  CPU time + compression  and  share that is left * time,
+    plain    measured.  The lane waits if its thread has run, or wanted to, for much less time than
+             has passed; if it does not, nothing is tried.  If it does, some runs of the next
+             window go compressed, as samples of what that costs and achieves.  What is then
+             expected,
+                 the longer of  busy time + compression  and  share that is left * time,
              has to be clearly less than the time
     packed   measured too: it goes on as long as it is faster than plain was.  Where the link is the
              bottleneck no more, it may have got faster, and plain is measured again sometimes
@@ -20,8 +21,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
+_SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
+"""Nanoseconds on a processor, and waiting for one: Documentation/scheduler/sched-stats.rst."""
 _RUNS: Final = 16
 """Runs in a window, at least ..."""
 _SECONDS: Final = 0.05
@@ -38,6 +42,18 @@ _LONGEST_WAIT: Final = 64
 """Windows between two attempts, at most."""
 _TRUST: Final = 16
 """Windows for which the last time of a plain one is believed while the lane does not wait."""
+
+
+def busy_s() -> float:
+    """Return for how many seconds this thread has run, or would have if it had got a processor: on
+    a busy host one that waits for a processor looks as if it waited for its link, and to compress
+    would make it wait the more.
+    """
+    try:
+        ran, delayed, _ = _SCHEDSTAT.read_bytes().split()
+    except (OSError, ValueError):  # a kernel without CONFIG_SCHED_INFO
+        return time.thread_time()
+    return (int(ran) + int(delayed)) / 1e9
 
 
 def _waits(elapsed: float, cpu: float) -> bool:
@@ -97,9 +113,9 @@ class Payoff:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        cpu: Callable[[], float] = time.thread_time,
+        cpu: Callable[[], float] = busy_s,
     ) -> None:
-        """Begin plain.  clock and cpu give seconds: of time, and of this thread's CPU time."""
+        """Begin plain.  clock and cpu give seconds: of time, and of this thread's being busy."""
         self._clock = clock
         self._cpu = cpu
         self.packing = False

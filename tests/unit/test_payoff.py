@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 
-from pyumem.lanes.payoff import Payoff
+from pyumem.lanes.payoff import Payoff, busy_s
 
 RUN = 64 * 1024
 MB = 1e6
@@ -128,3 +132,22 @@ def test_a_pause_is_no_slow_link() -> None:
         lane.payoff.restart()
     lane.go(1)
     assert lane.compressed == 0
+
+
+def test_waiting_for_a_processor_is_being_busy() -> None:
+    """Two threads of two processes on one processor: each runs half of the time."""
+    (first, *_) = os.sched_getaffinity(0)
+    spin = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other:
+        before = os.sched_getaffinity(0)
+        try:
+            for pid in (0, other.pid):
+                os.sched_setaffinity(pid, {first})
+            began, busy, cpu = time.monotonic(), busy_s(), time.thread_time()
+            while time.thread_time() - cpu < 0.2:
+                pass
+            passed = time.monotonic() - began
+            assert busy_s() - busy > 0.9 * passed > 1.2 * 0.2
+        finally:
+            os.sched_setaffinity(0, before)
+            other.kill()
