@@ -399,7 +399,7 @@ def test_pages_that_lie_apart_go_together(world: World, pack: Always | None) -> 
     world.fill(0, range(300))
     world.fill(1, range(0, 100, 3))
     urgent, _ = world.start_urgent()
-    background, _ = world.start_background(decision=pack)
+    background, dst = world.start_background(decision=pack)
     urgent.go()
     for page in range(0, 300, 2):
         world.areas[0].touch(page)
@@ -408,6 +408,7 @@ def test_pages_that_lie_apart_go_together(world: World, pack: Always | None) -> 
     background.go()
     for area in world.areas:
         area.wait_complete()
+    assert dst.ended() is None
     world.check()
     source, destination = world.total("sb"), world.total("db")
     assert source.pages == destination.pages == 150 + 34
