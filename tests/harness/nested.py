@@ -4,7 +4,7 @@
     python -m tests.vm run --no-module --env PYTHONPATH=$PWD -- python -m tests.harness.nested 4
 
 Its pages are moved between two NUMA nodes again and again, each of which takes them out of the
-nested page tables.  Most guests panic within a minute, in an interrupt that is delivered twice.
+nested page tables.  Some guests panic within a minute, in an interrupt that is delivered twice.
 See Documentation/testing.rst.
 """
 
