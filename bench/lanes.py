@@ -177,6 +177,7 @@ def measure(
                 "tls": None,
                 "touch": False,
                 "resumed": False,
+                "untouched": True,
                 "areas": [{"id": "ram0", "size_bytes": size}],
                 "prefetch": {"forward": 0, "backward": 0},
                 "compression": directory() if compress else "",

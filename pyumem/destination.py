@@ -278,6 +278,7 @@ class Migration:
                     "peer": link.peer,
                     "touch": self._target.touch,
                     "resumed": self._resumed,
+                    "untouched": not (self._resumed or self.hello.precopy_lanes),
                     "qemu_pid": self._target.qemu.pid,
                     "tls": self.lanes.to_json(),
                     "compression": directory() if compression else "",
@@ -480,7 +481,8 @@ class Migration:
             await asyncio.sleep(_MEMORY_LOOK_S)
 
     def _memory_waits(self) -> int:
-        return self._totals(Lane.URGENT).memory_waits + self._totals(Lane.BACKGROUND).memory_waits
+        lanes = (Lane.URGENT, Lane.BACKGROUND, Lane.PRECOPY)
+        return sum(self._totals(lane).memory_waits for lane in lanes)
 
     # --- the control lane ---
 

@@ -60,8 +60,17 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     link = make_link(sock, message, stats)
     arrivals = Arrivals.attach(slots, fds[2:4])
     room = Room(groups_of(message["qemu_pid"]))
-    touch = message["touch"]
-    serve(link, Filler(link, areas, arrivals, stats, room=room, touch=touch, unpack=unpack))
+    filler = Filler(
+        link,
+        areas,
+        arrivals,
+        stats,
+        room=room,
+        touch=message["touch"],
+        untouched=message["untouched"],
+        unpack=unpack,
+    )
+    serve(link, filler)
     # The socket stays open until the parent ends this process: that is how the source sees that the
     # lane is alive.
     channel.send({"event": "drained"})

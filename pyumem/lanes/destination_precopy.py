@@ -13,8 +13,7 @@ from typing import Any
 
 from pyumem import wire
 from pyumem.claims import Slots
-from pyumem.errors import DriverError, LinkError
-from pyumem.holes import punch
+from pyumem.errors import LinkError
 from pyumem.lanes.fill import PAGE_SIZE, AreaLike, Arrivals, Filler
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.room import Room, groups_of
@@ -38,15 +37,9 @@ class PrecopyFiller(Filler):
 
     def _zero(self, header: wire.Header, area: AreaLike) -> None:
         ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
-        for pgoff, count in ranges:
-            try:
-                # It may have had content in an earlier round.
-                punch(area.shmem_fd, pgoff * PAGE_SIZE, count * PAGE_SIZE)
-            except OSError as e:
-                raise DriverError(
-                    "punch", e.errno or 0, area=area.name, pages=(pgoff, count)
-                ) from e
-            self._stats.add(Counter.ZERO_PAGES, count)
+        # They may have had content in an earlier round.
+        self._punch(area, ranges)
+        self._stats.add(Counter.ZERO_PAGES, sum(count for _, count in ranges))
 
 
 def serve(link: Link, filler: Filler) -> None:

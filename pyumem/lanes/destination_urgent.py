@@ -44,10 +44,11 @@ class UrgentLane:
         *,
         room: Room | None = None,
         touch: bool = False,
+        untouched: bool = False,
         resumed: bool = False,
     ) -> None:
-        """Serve the areas over the link, while there is room.  touch: map pages for the guest as
-        they come; resumed: ask again for what was asked for on a lane that was lost.
+        """Serve the areas over the link, while there is room.  touch, untouched: as for Filler;
+        resumed: ask again for what was asked for on a lane that was lost.
         """
         self._resumed = resumed
         self._channel = channel
@@ -55,7 +56,9 @@ class UrgentLane:
         self._areas = areas
         self._arrivals = arrivals
         self._stats = stats
-        self._filler = Filler(link, areas, arrivals, stats, room=room, touch=touch)
+        self._filler = Filler(
+            link, areas, arrivals, stats, room=room, touch=touch, untouched=untouched
+        )
         self._out = bytearray()
 
     def run(self) -> None:
@@ -165,6 +168,7 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
             stats,
             room=Room(groups_of(message["qemu_pid"])),
             touch=message["touch"],
+            untouched=message["untouched"],
             resumed=message["resumed"],
         ).run()
 

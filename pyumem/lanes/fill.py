@@ -33,6 +33,7 @@ from typing import Final, Protocol
 from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import DriverError, ProtocolError
+from pyumem.holes import punch
 from pyumem.lanes.link import Link
 from pyumem.lanes.room import Room
 from pyumem.shm import ProcessLock, SharedMemory
@@ -209,13 +210,16 @@ class Filler:
         *,
         room: Room | None = None,
         touch: bool = False,
+        untouched: bool = False,
         unpack: Callable[[memoryview, memoryview], None] | None = None,
     ) -> None:
         """Fill the areas from the link, while there is room.  touch: map pages for the guest as
-        they come; unpack: makes pages of compressed ones (pyumem.lanes.compress), where those were
-        agreed upon.
+        they come; untouched: a missing page never had content, since there was no pre-copy before,
+        by whatever process; unpack: makes pages of compressed ones (pyumem.lanes.compress), where
+        those were agreed upon.
         """
         self._touch = touch
+        self._untouched = untouched
         self._room = room or Room(())
         self._link = link
         self._areas = areas
@@ -357,9 +361,21 @@ class Filler:
     def _zero(self, header: wire.Header, area: AreaLike) -> None:
         ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
         slots = [self._fresh("ZERO", header.area, area, pgoff, count) for pgoff, count in ranges]
-        # The backing file of a missing page reads as zeros: marking is all.
+        if not self._untouched:
+            # What a round of pre-copy brought and is stale now is still there.
+            self._punch(area, ranges)
         self._mark(area, slots[0], ranges)
         self._stats.add(Counter.ZERO_PAGES, sum(count for _, count in ranges))
+
+    def _punch(self, area: AreaLike, ranges: Sequence[tuple[int, int]]) -> None:
+        """Have ranges read as zeros."""
+        for pgoff, count in ranges:
+            try:
+                punch(area.shmem_fd, pgoff * PAGE_SIZE, count * PAGE_SIZE)
+            except OSError as e:
+                raise DriverError(
+                    "punch", e.errno or 0, area=area.name, pages=(pgoff, count)
+                ) from e
 
     def _fresh(self, what: str, index: int, area: AreaLike, pgoff: int, count: int) -> int:
         slot = self._arrivals.slots.slot(index, pgoff)

@@ -116,6 +116,26 @@ def test_what_was_sent_last_is_what_is_there(world: World, nr: int) -> None:
     assert sent.pages + sent.zero_pages == 400 + 5 * 60
 
 
+@pytest.mark.parametrize("way", ["urgent", "background"])
+def test_a_stale_page_that_is_zero_now(world: World, way: str) -> None:
+    """It was sent in a round, and the guest has cleared it since: nobody may see what it held."""
+    world.fill(0, range(20))
+    lanes = Lanes(world, 1)
+    lanes.round(list(range(400)))
+    lanes.end()
+    world.write(0, 7, bytes(PAGE))
+    world.areas[0].mark([(0, 7), (8, 292)])
+    world.areas[1].mark([(0, 100)])
+    world.claims.claim([slot for slot in range(400) if slot != 7])
+    for slot in range(400):
+        world.arrivals.received.map[slot] = 0 if slot == 7 else 2
+    lane, _ = world.start_urgent() if way == "urgent" else world.start_background()
+    world.areas[0].touch(7)
+    lane.go()
+    world.areas[0].wait_cached(7)
+    assert world.areas[0].page(7) == bytes(PAGE)
+
+
 def test_what_is_a_hole_at_the_source_becomes_one(world: World) -> None:
     """A page that was given back after it had been sent."""
     world.fill(0, range(20))
