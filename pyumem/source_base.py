@@ -198,6 +198,12 @@ class SourceBase:
             except DriverError as e:
                 why = "it is being received still" if e.errno == errno.EBUSY else str(e)
                 raise CheckError(f"RAM block {block.id}: {block.path}: {why}") from e
+            if not self._areas[-1].info().complete:
+                # Who receives it is gone for the moment, and to read it here is not to wait for it.
+                raise CheckError(
+                    f"RAM block {block.id}: {block.path} lacks pages still that another host has: "
+                    "have `umemctl serve` here receive them first"
+                )
             if self._areas[-1].granule_size != PAGE_SIZE:
                 raise CheckError(f"RAM block {block.id}: pre-copy needs granules of one page")
         self._precopy = Precopy(self._areas, limits, self._tell, self.vm)

@@ -9,14 +9,18 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pyumem import source_base
 from pyumem.address import Address
+from pyumem.area import Area
 from pyumem.claims import UNPACED, ClaimMap, Slots
+from pyumem.convergence import Limits
 from pyumem.errors import CheckError, LinkError, UmemError, of_system
 from pyumem.hello import Lane
-from pyumem.qemu import SOURCE_CAPABILITIES, Qemu
+from pyumem.qemu import SOURCE_CAPABILITIES, Qemu, RamBlock
 from pyumem.ram import PAGE_SIZE
 from pyumem.report import State
 from pyumem.source import Migration
@@ -215,3 +219,21 @@ def test_another_lane_that_is_lost_breaks_the_migration(state: State) -> None:
         assert isinstance(scene.broken.exception(), LinkError)
 
     run(work, background=state.committed)
+
+
+def test_pre_copy_of_memory_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM that arrived by post-copy, whose daemon is gone for the moment: it would lose pages."""
+    half = SimpleNamespace(
+        granule_size=PAGE_SIZE,
+        npages=10,
+        info=lambda: SimpleNamespace(complete=False),
+        close=lambda: None,
+    )
+    monkeypatch.setattr(source_base, "area_number", lambda _fd: 3)
+    monkeypatch.setattr(Area, "reattach", lambda _number: half)
+    plan = Plan(Path("/qmp"), Address("h", 1), Security())
+    migration = Migration(plan, lambda _text: None)
+    migration._ram = [RamBlock("ram0", "/path", 10 * PAGE_SIZE)]
+    migration._ram_fds = [-1]
+    with pytest.raises(CheckError, match="lacks pages still"):
+        migration._take_areas(Limits())
