@@ -86,12 +86,16 @@ class Convergence:
 
     @property
     def pages_per_s(self) -> float:
-        """Return how fast pages went, in the last rounds, zero ones among them; 0 if none did."""
-        pages = seconds = 0.0
+        """Return how fast pages with content went, in the last rounds; 0 if none did.
+
+        What remains was written a moment ago and will hardly be zero: that zero pages go at no
+        cost says nothing of how long it takes.
+        """
+        content = seconds = 0.0
         for one in self._rounds[-WINDOW:]:
-            pages += one.sent_pages
+            content += one.sent_bytes / PAGE_SIZE
             seconds += one.seconds
-        return pages / seconds if seconds > 0 else 0.0
+        return content / seconds if seconds > 0 else 0.0
 
     def downtime_s(self, pages: int) -> float:
         """Predict the downtime if so many pages are to be sent in it."""

@@ -98,3 +98,10 @@ def test_it_always_ends(remains: list[int], may_switch: bool, rounds: int | None
 def test_any_limit_can_be_met() -> None:
     decisions = play(Limits(max_downtime_s=0.001), lambda n, _s: 100 if n < 4 else 0)
     assert decisions[-1].verdict is Verdict.FINISH and len(decisions) == 4
+
+
+def test_zero_pages_do_not_make_the_network_faster() -> None:
+    """64 GiB, 4 of them with content, over 1 Gbit/s: what remains has content."""
+    first = Round(1 << 24, (1 << 20) * 4120, 36.0, 100_000)
+    decision = Convergence(Limits()).judge(first, 36.0)
+    assert decision.verdict is Verdict.GO_ON and decision.downtime_s > 3
