@@ -126,11 +126,16 @@ class Precopy:
         pages = (1 << self._slots.total) - 1
         while True:
             self.known.number += 1
-            unsent = await self._round(lanes, pages)
+            left_s = None
+            if (longest := self._limits.max_precopy_s) is not None:
+                left_s = max(0.0, longest - (time.monotonic() - begun))
+            unsent = await self._round(lanes, pages, left_s)
+            self._left |= unsent
+            # What is left for the end costs no time: no reason to look at the log all the time.
+            await asyncio.sleep(max(0.0, _SHORTEST_S - self.known.history[-1].seconds))
             found = await self._read_log(clear=False)
-            self._note((found | unsent | self._left).bit_count())
+            self._note((found | self._left).bit_count())
             if self._forced.is_set():
-                self._left |= unsent
                 self.known.reason = "somebody wanted the switch"
                 return
             decision = convergence.judge(self.known.history[-1], time.monotonic() - begun)
@@ -143,8 +148,10 @@ class Precopy:
                     return
             pages = self._without_hot(await self._read_log(clear=True))
 
-    async def _round(self, lanes: Lanes, pages: int) -> int:
-        """Send these pages.  Returns those that were not, since somebody forced the switch."""
+    async def _round(self, lanes: Lanes, pages: int, longest_s: float | None = None) -> int:
+        """Send these pages.  Returns those that were not, since somebody forced the switch, or it
+        took too long.
+        """
         workers = [w for (lane, _), w in lanes.workers.items() if lane is Lane.PRECOPY]
         before, started = lanes.totals(Lane.PRECOPY), time.monotonic()
         self._offer(pages)
@@ -155,15 +162,13 @@ class Precopy:
         forced = asyncio.create_task(self._forced.wait(), name=f"{self._vm}: forced switch")
         try:
             waiting: set[asyncio.Future[Any]] = {done, forced}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
             unsent = self.claims.take_free()
             await done
         finally:
             forced.cancel()
             done.cancel()
             await asyncio.gather(done, forced, return_exceptions=True)
-        # What is left for the end costs no time: no reason to look at the log all the time.
-        await asyncio.sleep(max(0.0, _SHORTEST_S - (time.monotonic() - started)))
         now = lanes.totals(Lane.PRECOPY)
         sent = now.pages + now.zero_pages - before.pages - before.zero_pages
         self.known.history.append(

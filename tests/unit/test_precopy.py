@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import array
 import asyncio
+import functools
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,6 +18,7 @@ from pyumem.convergence import Limits
 from pyumem.errors import UmemError
 from pyumem.hello import Lane
 from pyumem.precopy import Precopy
+from pyumem.ram import PAGE_SIZE
 from pyumem.stats import Totals
 
 SIZES = (100, 70)
@@ -65,6 +69,7 @@ class FakeWorker:
             sent |= ((1 << count) - 1) << start
             scene.there |= ((1 << count) - 1) << start
             scene.totals.pages += count
+            scene.totals.bytes_sent += count * PAGE_SIZE
             await asyncio.sleep(scene.page_s)
         scene.rounds.append(sent)
         scene.guest(len(scene.rounds))
@@ -89,7 +94,7 @@ class Scene:
             "Any",
             SimpleNamespace(
                 workers={(Lane.PRECOPY, 0): FakeWorker(self)},
-                totals=lambda _lane: Totals(pages=self.totals.pages),
+                totals=lambda _lane: replace(self.totals),
             ),
         )
 
@@ -191,3 +196,39 @@ def test_a_forced_switch_ends_the_round() -> None:
     assert 0 < stale.bit_count() < 170 and stale & 1
     assert scene.there | stale == ALL and not scene.precopy.finish_before_commit
     scene.precopy.close()
+
+
+def test_the_time_is_kept_within_a_round() -> None:
+    limits = Limits(max_precopy_s=0.2, may_switch=True, max_downtime_s=1e-9)
+    scene = Scene(limits, lambda scene, _: scene.write(1))
+    scene.page_s = 0.1
+
+    async def main() -> float:
+        began = time.monotonic()
+        await scene.precopy.run(scene.lanes)
+        return time.monotonic() - began
+
+    took = asyncio.run(main())
+    stale = asyncio.run(scene.precopy.last_reading())
+    scene.precopy.close()
+    assert took < 1.0
+    # What was not sent is for post-copy.
+    sent = functools.reduce(int.__or__, scene.rounds)
+    assert stale | sent == (1 << scene.precopy._slots.total) - 1
+
+
+def test_the_rest_is_sent_without_a_nap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VM stands still then."""
+    monkeypatch.setattr("pyumem.precopy._SHORTEST_S", 0.05)
+    scene = Scene(Limits(), lambda _scene, _number: None)
+
+    async def main() -> float:
+        await scene.precopy.run(scene.lanes)
+        rest = await scene.precopy.last_reading()
+        began = time.monotonic()
+        await scene.precopy.send_rest(scene.lanes, rest)
+        return time.monotonic() - began
+
+    took = asyncio.run(main())
+    scene.precopy.close()
+    assert took < 0.03
