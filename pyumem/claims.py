@@ -11,6 +11,7 @@ may change at any time.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -23,8 +24,10 @@ _CURSOR: Final = struct.Struct("=Q")
 _PACE: Final = struct.Struct("=Q")
 _PACE_AT: Final = 8
 _FREE: Final = b"\0"
-_EIGHT_SLOTS: Final = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
-"""The slots that a byte of a bitmap stands for."""
+_PART: Final = 4096
+"""Bytes of a bitmap that are looked at together: most have all bits alike, be it that nothing is
+there yet, or nearly everything.
+"""
 _SPREAD: Final = 64
 """Runs that are claimed together lie within so many times their length: a request waits while they
 are looked for.
@@ -34,9 +37,25 @@ UNPACED: Final = (1 << 64) - 1
 """A pace without a limit; 0 is a pause."""
 
 
-def spread(bits: bytes | memoryview) -> bytes:
-    """Return a byte, 0 or 1, for each bit of a bitmap, the lowest of each byte first."""
-    return b"".join(map(_EIGHT_SLOTS.__getitem__, bits))
+@functools.cache
+def _eight_slots(value: int) -> list[bytes]:
+    """Return the slots that each byte of a bitmap stands for."""
+    return [bytes(value if byte >> bit & 1 else 0 for bit in range(8)) for byte in range(256)]
+
+
+def spread(bits: bytes | memoryview, value: int = 1) -> bytes:
+    """Return a byte, 0 or `value`, for each bit of a bitmap, the lowest of each byte first."""
+    slots = _eight_slots(value)
+    parts = []
+    for at in range(0, len(bits), _PART):
+        part = bytes(bits[at : at + _PART])
+        if not part.strip(b"\0"):
+            parts.append(bytes(8 * len(part)))
+        elif not part.strip(b"\xff"):
+            parts.append(bytes((value,)) * (8 * len(part)))
+        else:
+            parts.append(b"".join(map(slots.__getitem__, part)))
+    return b"".join(parts)
 
 
 class Slots:

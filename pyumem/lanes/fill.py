@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from pyumem import wire
-from pyumem.claims import Slots
+from pyumem.claims import Slots, spread
 from pyumem.errors import DriverError, ProtocolError
 from pyumem.holes import punch
 from pyumem.lanes.link import Link
@@ -46,10 +46,6 @@ BUFFER_SIZE: Final = BUFFER_PAGES * PAGE_SIZE
 _NO_MEMORY_S: Final = 0.2
 _COMING: Final = b"\1"
 _HERE: Final = b"\2"
-_EIGHT_SLOTS: Final = [
-    bytes(_HERE[0] if byte >> bit & 1 else 0 for bit in range(8)) for byte in range(256)
-]
-"""The slots that a byte of a bitmap stands for."""
 
 
 class AreaLike(Protocol):
@@ -125,7 +121,7 @@ class Arrivals:
         """
         if sys.byteorder == "big":
             words.byteswap()
-        data = b"".join(map(_EIGHT_SLOTS.__getitem__, words.tobytes()))
+        data = spread(words.tobytes(), _HERE[0])
         self.received.map[slot : slot + count] = data[:count]
         return data.count(_HERE, 0, count)
 
@@ -133,7 +129,7 @@ class Arrivals:
         """Note of the pages of a bitmap frame which are here; lanes may run beside, and bring none
         of them.
         """
-        here = b"".join(map(_EIGHT_SLOTS.__getitem__, bits))[: header.count]
+        here = spread(bits, _HERE[0])[: header.count]
         self.received.map[slot : slot + header.count] = here
 
     def asked_now(self, slot: int) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyumem.claims import ClaimMap, Slots
+from pyumem.claims import ClaimMap, Slots, spread
 
 
 @pytest.fixture
@@ -169,3 +169,15 @@ def test_a_foreign_map_is_refused() -> None:
     with pytest.raises(ValueError, match="claim map"):
         ClaimMap.attach(os.dup(claims.memory.fd), Slots([11]))
     claims.close()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 255, 170]), st.integers(1, 9000)), max_size=4),
+    st.integers(1, 2),
+)
+def test_bits_are_spread(stretches: list[tuple[int, int]], value: int) -> None:
+    bits = b"".join(bytes((byte,)) * count for byte, count in stretches)
+    expected = bytearray()
+    for byte in bits:
+        expected += bytes(value * (byte >> bit & 1) for bit in range(8))
+    assert spread(memoryview(bits), value) == expected
