@@ -59,7 +59,7 @@ def test_a_broken_kernel_ends_the_machine_at_once() -> None:
 
 
 def test_a_command_that_takes_too_long_is_ended() -> None:
-    done = boot("self-timeout", "sleep 600", "--timeout", "25", "--no-module")
+    done = boot("self-timeout", "sleep 600", "--timeout", "45", "--no-module")
     assert done.returncode == harness.EXIT_TIMEOUT, done.stderr
 
 

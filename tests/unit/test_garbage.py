@@ -95,7 +95,7 @@ def lanes_world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.mark.parametrize("urgent", [True, False])
 @given(data=talk)
-@settings(FUZZ, max_examples=80)
+@settings(FUZZ, max_examples=150)
 def test_destination_lanes(lanes_world: World, urgent: bool, data: bytes) -> None:
     world = lanes_world
     before = [bytes(area.cached) for area in world.areas]
@@ -112,7 +112,7 @@ def test_destination_lanes(lanes_world: World, urgent: bool, data: bytes) -> Non
 
 
 @given(data=talk)
-@settings(FUZZ, max_examples=80)
+@settings(FUZZ, max_examples=150)
 def test_the_sources_urgent_lane(lanes_world: World, data: bytes) -> None:
     from pyumem.lanes import source_urgent
 
@@ -196,7 +196,7 @@ def test_the_destinations_port(
         fds: list[int] = []
 
         @given(data=talk, known=st.booleans())
-        @settings(FUZZ, max_examples=80)
+        @settings(FUZZ, max_examples=150)
         def everybody(data: bytes, known: bool) -> None:
             pester(port, data, known and not tls)
             fds.append(open_descriptors())
