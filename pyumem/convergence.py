@@ -10,6 +10,7 @@ that ends near the least that was seen: what remains is what the guest will miss
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -69,6 +70,11 @@ class Decision:
     """Predicted, should it stop now and send what remains."""
 
 
+def _per_s(count: float, rounds: Sequence[Round]) -> float:
+    seconds = sum(one.seconds for one in rounds)
+    return count / seconds if seconds > 0 else 0.0
+
+
 class Convergence:
     """Judges rounds, one after the other."""
 
@@ -86,16 +92,17 @@ class Convergence:
 
     @property
     def pages_per_s(self) -> float:
-        """Return how fast pages with content went, in the last rounds; 0 if none did.
+        """Return how fast pages go that the guest has written, by the last rounds; 0 if unknown.
 
-        What remains was written a moment ago and will hardly be zero: that zero pages go at no
-        cost says nothing of how long it takes.
+        The first round says that by its bytes alone: in it are the holes of all memory, which cost
+        nothing, and what remains was written a moment ago.  Later ones sent what the guest had
+        written, as zero or not as what remains.
         """
-        content = seconds = 0.0
-        for one in self._rounds[-WINDOW:]:
-            content += one.sent_bytes / PAGE_SIZE
-            seconds += one.seconds
-        return content / seconds if seconds > 0 else 0.0
+        first, later = self._rounds[:1], self._rounds[1:][-WINDOW:]
+        if pages := sum(one.sent_pages for one in later):
+            return _per_s(pages, later)
+        content = sum(one.sent_bytes for one in first) / PAGE_SIZE
+        return _per_s(content or sum(one.sent_pages for one in first), first)
 
     def downtime_s(self, pages: int) -> float:
         """Predict the downtime if so many pages are to be sent in it."""

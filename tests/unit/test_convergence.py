@@ -105,3 +105,17 @@ def test_zero_pages_do_not_make_the_network_faster() -> None:
     first = Round(1 << 24, (1 << 20) * 4120, 36.0, 100_000)
     decision = Convergence(Limits()).judge(first, 36.0)
     assert decision.verdict is Verdict.GO_ON and decision.downtime_s > 3
+
+
+def test_a_guest_that_only_clears_pages_converges() -> None:
+    """Its pages go as ranges, with hardly a byte: that is no slow network."""
+    judge = Convergence(Limits())
+    judge.judge(Round(1 << 16, (1 << 14) * 4120, 1.0, 90_000), 1.0)
+    for number in range(4):
+        decision = judge.judge(Round(50_000, 20_000, 0.05, 20_000), 2.0 + number)
+        assert decision.verdict is Verdict.FINISH, decision
+
+
+def test_nothing_but_zeros_is_no_reason_to_give_up() -> None:
+    decision = Convergence(Limits()).judge(Round(1 << 16, 0, 1.0, 100), 1.0)
+    assert decision.verdict is Verdict.FINISH
