@@ -53,15 +53,16 @@ MAX_SCATTERED: Final = 256 * 1024
 """What the pages of one SCATTERED frame are at most, in bytes, and ..."""
 MAX_SCATTERED_RANGES: Final = 64
 """... in ranges."""
+_OFFSET_SIZE: Final = 8
+_RANGE_SIZE: Final = 16
+MAX_SCATTERED_HEAD: Final = MAX_SCATTERED_RANGES * _RANGE_SIZE
+"""Bytes that these take at most."""
 MAX_OFFSETS: Final = 4096
 """Most offsets of one REQUEST or DISCARD."""
 MAX_RANGES: Final = 4096
 """Most ranges of one ZERO; what the driver marks in one call."""
 MAX_BITMAP: Final = 32 * 1024
 """Largest payload of a HAVE, in bytes: 1 GiB of pages of 4 KiB."""
-
-_OFFSET_SIZE: Final = 8
-_RANGE_SIZE: Final = 16
 
 
 class Kind(IntEnum):
@@ -119,7 +120,7 @@ MAX_LENGTH: Final[dict[Kind, int]] = {
     Kind.HAVE: MAX_BITMAP,
     Kind.STARTTLS: 0,
     Kind.PACKED: MAX_PACKED,
-    Kind.SCATTERED: MAX_SCATTERED_RANGES * _RANGE_SIZE + MAX_SCATTERED,
+    Kind.SCATTERED: MAX_SCATTERED_HEAD + MAX_SCATTERED,
     Kind.CLEAN: MAX_BITMAP,
     Kind.ROUND: 0,
 }

@@ -224,7 +224,7 @@ class Filler:
         self._buffer = memoryview(mmap.mmap(-1, BUFFER_SIZE))
         self._unpack = unpack
         self._packed = memoryview(mmap.mmap(-1, wire.MAX_PACKED))
-        self._ranges = memoryview(bytearray(wire.MAX_LENGTH[wire.Kind.SCATTERED]))
+        self._ranges = memoryview(bytearray(wire.MAX_SCATTERED_HEAD))
 
     def take(self, header: wire.Header) -> None:
         """Receive and mark what the frame brings.
