@@ -190,7 +190,8 @@ class Contest:
         time.sleep(AFTER_S)
         stop, resume = pair.at_source.when("STOP"), pair.at_destination.when("RESUME")
         moved = not found.error
-        verdict = (pair.after if moved else before).verdict(_GUEST_S)
+        # Who is not over in time after the switch runs at the destination all the same.
+        verdict = (before if resume is None else pair.after).verdict(_GUEST_S)
         rate, lost, timeline = work(pair, begun, found.end)
         return Sample(
             setting.name,
@@ -245,6 +246,9 @@ class Contest:
             end = source.wait("MIGRATION", left, status="completed")
         except TimeoutError:
             now = time.monotonic()
+            told = source.execute("query-migrate")
+            if told.get("status") == "failed":
+                return Found(now, f"QEMU: failed: {told.get('error-desc', 'it says no more')}")
             if source.when("STOP") is None:
                 source.execute("migrate_cancel")
             return Found(now, NOT_OVER)

@@ -46,7 +46,11 @@ class Monitor:
     def __enter__(self) -> Monitor:
         """Connect.  Raises OSError, QMPError."""
         self._thread.start()
-        self._do(self._connect(), _CONNECT_S + 10)
+        try:
+            self._do(self._connect(), _CONNECT_S + 10)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -92,7 +92,7 @@ QUICK_CONTENDERS: Final = ("qemu-precopy", "qemu-postcopy", "umem-hybrid", "umem
 QUICK_ROUNDS: Final = 2
 ROUNDS: Final = 3
 LIMIT_S: Final = 40.0
-"""A migration that is not over by then does not converge; on a slow link ten times that."""
+"""A migration that is not over by then does not converge: see limit_s()."""
 
 
 def limit_s(setting: Setting) -> float:

@@ -55,7 +55,7 @@ class Process:
     cpu_s: float
     """User and system time, its children's too."""
     peak_mib: float
-    """Largest private memory (of QEMU: None is shown, its RAM is the guest's)."""
+    """Largest anonymous memory.  Of a QEMU whose RAM is no file, the guest's is in it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Sample:
     error: str = ""
     """Why it did not come to its end; empty: it did.  Then what was measured until there."""
     downtime_ms: float | None = None
-    """As the program tells it."""
+    """From QEMU's STOP at the source to its RESUME at the destination."""
     silence_ms: float | None = None
     """Longest time without a beat of the guest around the switch, less the beat itself: what
     somebody who looks at the guest feels."""
@@ -226,7 +226,8 @@ class Wanted:
 
 
 _TO_PEER: tuple[tuple[str, str, float], ...] = (
-    ("downtime", "silence_ms", 1.0),
+    ("downtime", "downtime_ms", 1.0),
+    ("silence of the guest", "silence_ms", 1.0),
     ("time to fully resident", "resident_s", 0.6),
     ("vCPU blocked time", "blocked_ms", 0.5),
     ("guest work lost", "work_lost_s", 0.7),

@@ -3,24 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench.migration.results import Process
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _LOOK_S = 0.25
-
-
-@dataclass
-class _Seen:
-    """What is known of one process."""
-
-    first_s: float
-    last_s: float
-    memory_mib: float
 
 
 def _cpu_s(pid: int) -> float:
@@ -48,21 +39,23 @@ def _children(pid: int) -> list[int]:
 class Usage:
     """Looks at some processes every quarter of a second; a context manager.
 
-    What one uses between the last look and its end is missed, and that of a child which another
-    than the watched one waits for, too.
+    A child's time is in its parent's once that has waited for it.  What is used between the last
+    look and a process' end is missed.
     """
 
     def __init__(self, pids: dict[str, int]) -> None:
         """Watch these, by name, and all that descend from them."""
         self._pids = pids
-        self._seen: dict[str, dict[int, _Seen]] = {name: {} for name in pids}
+        self._before = dict.fromkeys(pids, 0.0)
+        self._cpu_s = dict.fromkeys(pids, 0.0)
         self._peaks = dict.fromkeys(pids, 0.0)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Usage:
         """Begin."""
-        self._look(first=True)
+        self._look()
+        self._before = dict(self._cpu_s)
         self._thread.start()
         return self
 
@@ -76,35 +69,23 @@ class Usage:
         while not self._end.wait(_LOOK_S):
             self._look()
 
-    def _look(self, *, first: bool = False) -> None:
+    def _look(self) -> None:
         for name, pid in self._pids.items():
-            wanted, total = [pid], 0.0
-            while wanted:
-                one = wanted.pop()
-                wanted += _children(one)
-                try:
-                    cpu_s, memory_mib = _cpu_s(one), _memory_mib(one)
-                except OSError:
-                    continue
-                known = self._seen[name].setdefault(one, _Seen(cpu_s if first else 0.0, 0.0, 0.0))
-                known.last_s, known.memory_mib = cpu_s, memory_mib
-                total += memory_mib
-            self._peaks[name] = max(self._peaks[name], total)
+            cpu_s = memory_mib = 0.0
+            for one in (pid, *_descendants(pid)):
+                with contextlib.suppress(OSError):
+                    cpu_s += _cpu_s(one)
+                    memory_mib += _memory_mib(one)
+            # One that has ended by now has no less than it had.
+            self._cpu_s[name] = max(self._cpu_s[name], cpu_s)
+            self._peaks[name] = max(self._peaks[name], memory_mib)
 
     def processes(self) -> list[Process]:
         """Return what each used since the beginning."""
-        found = []
-        for name, seen in self._seen.items():
-            root = seen.get(self._pids[name])
-            # A child that was waited for is in its parent's time already.
-            alive = {self._pids[name], *_descendants(self._pids[name])}
-            cpu_s = sum(
-                max(0.0, one.last_s - one.first_s)
-                for pid, one in seen.items()
-                if pid in alive or one is root
-            )
-            found.append(Process(name, round(cpu_s, 3), round(self._peaks[name], 1)))
-        return found
+        return [
+            Process(name, round(self._cpu_s[name] - self._before[name], 3), round(peak, 1))
+            for name, peak in self._peaks.items()
+        ]
 
 
 def _descendants(pid: int) -> list[int]:

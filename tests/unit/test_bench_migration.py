@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from bench.migration.results import (
     unmeasured,
     wanted,
 )
+from bench.migration.usage import Usage
 
 SETTING = Setting("random", "random")
 UNSEEN = Setting("read", "read", rate=None, delay=None)
@@ -259,3 +264,26 @@ def test_work_between_two_steps() -> None:
     assert at(points, 3.0) == 200
     assert at(points, 0.5) == 100
     assert at(points, 9.0) == 300
+
+
+def test_what_children_use_is_their_parents() -> None:
+    """Those that have ended, and those that live on."""
+    spin = "import time\nwhile time.process_time() < 0.4: pass\n"
+    code = (
+        "import subprocess, sys, time\n"
+        f"subprocess.run([sys.executable, '-c', {spin!r}])\n"
+        f"subprocess.Popen([sys.executable, '-c', {spin!r} + 'time.sleep(60)'])\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        try:
+            with Usage({"it": parent.pid}) as usage:
+                deadline = time.monotonic() + 30
+                while usage.processes()[0].cpu_s < 0.8 and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            (found,) = usage.processes()
+        finally:
+            for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
+                os.kill(int(child), 9)
+            parent.kill()
+    assert 0.8 <= found.cpu_s < 1.6 and found.peak_mib > 1
