@@ -156,6 +156,15 @@ deb_of() {
 	printf '%s\n' "$newest"
 }
 
+# pack_initramfs STAGE FILE: takes the stage away.  Not compressed: unpacking costs
+# more than reading under emulation.
+pack_initramfs() {
+	(cd "$1" && find . | LC_ALL=C sort |
+		cpio --quiet -o -H newc --owner=0:0 --reproducible >"$2.new")
+	mv "$2.new" "$2"
+	rm -rf "$1"
+}
+
 # in_toolchain COMMAND...: runs it in the tree of setup-toolchain.sh, with the
 # checkout and build/ at their places.  The mounts end with the command.
 in_toolchain() {

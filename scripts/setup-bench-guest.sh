@@ -32,8 +32,5 @@ ldd "$stage"/bin/redis-* |
 		mkdir -p "$stage$(dirname "$lib")"
 		cp -L "$lib" "$stage$lib"
 	done
-(cd "$stage" && find . | LC_ALL=C sort |
-	cpio --quiet -o -H newc --owner=0:0 --reproducible >"$dir/initramfs.cpio.new")
-mv "$dir/initramfs.cpio.new" "$dir/initramfs.cpio"
-rm -rf "$stage"
+pack_initramfs "$stage" "$dir/initramfs.cpio"
 touch "$STAMPS/bench-guest"

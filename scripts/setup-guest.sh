@@ -55,9 +55,5 @@ mkdir "$stage/modules"
 for module in "${modules[@]}"; do
 	cp "$dir/modules/$module.ko" "$stage/modules/"
 done
-# Not compressed: unpacking costs more than reading under emulation.
-(cd "$stage" && find . | LC_ALL=C sort |
-	cpio --quiet -o -H newc --owner=0:0 --reproducible >"$dir/initramfs.cpio.new")
-mv "$dir/initramfs.cpio.new" "$dir/initramfs.cpio"
-rm -rf "$stage"
+pack_initramfs "$stage" "$dir/initramfs.cpio"
 touch "$STAMPS/guest"
