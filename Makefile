@@ -160,7 +160,7 @@ test-chaos: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## a guest moved again and a
 		--timeout $$(($(MOVES) * 120 + 600)) -- python -m tests.migration.chaos $(MOVES) $(SEED)
 
 .PHONY: test-shapes
-test-shapes: $(STAMPS)/vm-image $(STAMPS)/shapes module-$(ONE_KERNEL) ## pre-copy, compression, RAM blocks, many VMs, page sizes, three hosts, a vhost-user disk, a balloon, too little memory (KERNEL=)
+test-shapes: $(STAMPS)/vm-image $(STAMPS)/shapes module-$(ONE_KERNEL) ## pre-copy, compression, RAM blocks, many VMs, page sizes, three hosts, a vhost-user disk, a balloon, too little memory, the daemon under systemd (KERNEL=)
 	@$(PY) scripts/run_tests.py --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) shapes
 
 .PHONY: test-debug-kernel

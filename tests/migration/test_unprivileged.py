@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon as systemd/ has it, by hand since the test machine has no systemd: user umem, started
-by the first connection, without privileges; QEMU is run by another user of group kvm.
+"""The daemon as systemd/ has it, without systemd, which takes its time to start
+(tests/shapes/test_systemd.py): user umem, started by the first connection, without privileges; QEMU
+is run by another user of group kvm.
 """
 
 import contextlib
@@ -41,8 +42,10 @@ def as_user(name: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """Have users, runtime directory and permissions as the packaging makes them."""
+def installed(*, mounted: bool = True) -> Iterator[None]:
+    """Have users, runtime directory and permissions as the packaging makes them, and areas as files
+    unless something else mounts them.
+    """
     # systemd-sysusers cannot: the test machine has a mount on /etc/shadow.
     with Path("/etc/passwd").open("a") as users:
         for name, uid in USERS.items():
@@ -57,11 +60,13 @@ def installed() -> Iterator[None]:
         os.chown(node, 0, kvm)
         Path(node).chmod(0o660)
     (runtime.OF_HOST / "areas").mkdir()
-    command("mount", "-t", "umem", "umem", "/run/umem/areas")
+    if mounted:
+        command("mount", "-t", "umem", "umem", "/run/umem/areas")
     try:
         yield
     finally:
-        command("umount", "/run/umem/areas")
+        if mounted:
+            command("umount", "/run/umem/areas")
         shutil.rmtree(runtime.OF_HOST)
         os.chown(uapi.DEVICE, 0, 0)
 
