@@ -84,6 +84,11 @@ class Report:
     error: str = ""
     downtime_ms: float | None = None
     """From the source's STOP event until the destination said that the VM runs."""
+    downtime_parts_ms: dict[str, float] = field(default_factory=dict)
+    """What it was for, one after the other: drain (until QEMU says that its I/O is drained),
+    last_round (what of the rounds remains is sent, or told), device_state (until all of it is out),
+    load (until the destination has loaded it), commit (until the VM runs there).
+    """
     time_to_resident_s: float | None = None
     """From the STOP event until every page was at the destination."""
     total_s: float = 0.0

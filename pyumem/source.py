@@ -73,6 +73,7 @@ class Migration(Serving):
         self._task: asyncio.Task[Any] | None = None
         self._interrupted = False
         self._resuming = False
+        self._part_began = 0.0
 
     # --- life ---
 
@@ -214,25 +215,36 @@ class Migration(Serving):
             await qemu.migrate_into(theirs)
         # Stopped, with all I/O drained: RAM does not change any more, and pages may be read.
         await qemu.wait_migration("pre-switchover", "device", "completed")
-        self._stopped_at = qemu.stopped_at or time.monotonic()
+        self._stopped_at = self._part_began = qemu.stopped_at or time.monotonic()
+        self._part_ends("drain")
         qemu.resumed = False
         try:
             async with asyncio.timeout(_STILL_S):
                 if self._precopy:
                     await self._end_rounds(self._precopy, lanes)
+                    self._part_ends("last_round")
                 lanes.go(Lane.URGENT)
                 await qemu.execute("migrate-continue", state="pre-switchover")
                 await qemu.wait_migration("completed")
                 # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
                 await asyncio.shield(relay)
+                self._part_ends("device_state")
                 # All is out.  From here on nobody at a monitor or on a serial port can move it.
                 qemu.freeze()
                 await lanes.told[Kind.PREPARED]
+                self._part_ends("load")
         except TimeoutError:
             raise LinkError(
                 f"{self._to}: has not loaded the device state after "
                 f"{_STILL_S:g} s, during which {self.vm} stood still"
             ) from None
+
+    def _part_ends(self, name: str) -> float:
+        """Know that a part of the downtime is over; the next one begins.  Returns the time."""
+        now = time.monotonic()
+        self.report.downtime_parts_ms[name] = round(1000 * (now - self._part_began), 3)
+        self._part_began = now
+        return now
 
     async def _end_rounds(self, precopy: Precopy, lanes: Lanes) -> None:
         """Tell what of the rounds may be seen: all that is not stale.  The VM stands still."""
@@ -384,7 +396,7 @@ class Migration(Serving):
                 f"{time.monotonic() - sent_at:.0f} s; waiting on"
             )
         answer = running.result()
-        now = time.monotonic()
+        now = self._part_ends("commit")
         self.report.commit_ms = round(1000 * (now - sent_at), 3)
         self.report.downtime_ms = round(1000 * (now - self._stopped_at), 3)
         how = "runs" if answer.get("running") else "stands, paused,"

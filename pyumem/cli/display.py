@@ -163,6 +163,9 @@ def show_report(report: Report) -> None:
     row("result", report.state.value)
     row("RAM", f"{size(report.ram_bytes)}, {report.pages_total} pages of {PAGE_SIZE} bytes")
     row("downtime", number(report.downtime_ms, "ms"))
+    if report.downtime_ms is not None and report.downtime_parts_ms:
+        parts = report.downtime_parts_ms.items()
+        row("of it", ", ".join(f"{name.replace('_', ' ')} {ms:.0f} ms" for name, ms in parts))
     row("time to fully resident", number(report.time_to_resident_s, "s", 2))
     row("total time", number(report.total_s, "s", 2))
     if report.precopy:

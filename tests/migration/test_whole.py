@@ -22,7 +22,11 @@ def check_after(world: World, migrate_said: dict[str, object], pages: int) -> No
     assert sum(int(str(count)) for count in counts) == pages, "each page was sent once"
     assert int(str(told["pages_zero"])) > 0
     assert int(str(told["bytes_sent"])) < pages * 4096
-    assert float(str(told["downtime_ms"])) > 0
+    parts = told["downtime_parts_ms"]
+    assert isinstance(parts, dict) and {"drain", "device_state", "load", "commit"} == parts.keys()
+    assert abs(sum(parts.values()) - float(str(told["downtime_ms"]))) < 0.1
+    assert all(ms > 0 for ms in parts.values())
+    print("downtime", told["downtime_ms"], parts)
     assert not Path("/dev/shm/umem-src/vm1").exists(), "the RAM file is gone"
     assert not list((world.source.runtime / "migrate").glob("*.json"))
     eventually(lambda: world.vm() == {}, why="serve still has the VM")

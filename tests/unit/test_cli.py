@@ -128,11 +128,19 @@ def test_every_number_of_the_report_has_its_unit() -> None:
 
 def test_the_report_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("vm1", "tcp:a:1", "0", State.COMPLETED, downtime_ms=42.25, ram_bytes=1 << 28)
+    report.downtime_parts_ms = {"drain": 2.2, "device_state": 40.05}
     report.demand_latency_p50_us = 200.0
     report.bytes_sent_by_lane = {"urgent-0": 1024, "control": 1024}
     show_report(report)
     text = capsys.readouterr().out
-    for word in ("42.2 ms", "256.0 MiB", "completed", "200 us / - / -", "2.0 KiB"):
+    for word in (
+        "42.2 ms",
+        "drain 2 ms, device state 40 ms",
+        "256.0 MiB",
+        "completed",
+        "200 us / - / -",
+        "2.0 KiB",
+    ):
         assert word in text
 
 
