@@ -176,6 +176,10 @@ test-kernels: $(STAMPS)/kernel-5.10 $(STAMPS)/kernel-newest ## tests of the driv
 bench: $(STAMPS)/vm-image $(STAMPS)/bench-guest $(STAMPS)/machine-qemu module-$(ONE_KERNEL) ## measure whole migrations against QEMU's own, in the VM (QUICK=1 KERNEL= CPUS= BENCH='--settings ... --contenders ... --rounds N')
 	@$(PY) -m bench.migration.run --kernel $(ONE_KERNEL) --cpus $(CPUS) $(if $(QUICK),--quick) $(BENCH)
 
+.PHONY: bench-native
+bench-native: $(STAMPS)/venv ## measure the page lanes against raw TCP, here: no VM, no driver (BENCH='--link-us 400 --link-gbit 10')
+	@$(PY) -m bench.native $(BENCH)
+
 .PHONY: bench-fault
 bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults against userfaultfd, in the VM (KERNEL= CPUS= ROUNDS=)
 	@$(PY) -m bench.fault.run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --rounds $(ROUNDS)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a page costs in our own code, on the processors of this machine: the lanes as they are, over
+TCP on loopback, with no driver, no QEMU and no emulation.
+
+    make bench-native
+
+A pipe stands for the driver's queue of requests, another for the wake: the consumer writes the page
+that it misses, and sleeps until it is marked; then the background lane moves all memory.  Beside
+it, taking turns, the least that the same can cost: bench/migration/rawtcp.c, 16 bytes there and
+4 KiB back, and a stream.  What a link adds to a request, it adds to both; how fast it is limits
+both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import random
+import socket
+import statistics
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.lanes import Children
+from pyumem.claims import ClaimMap, Slots
+from pyumem.lanes import destination_background, link, source_background, source_urgent
+from pyumem.lanes.destination_urgent import UrgentLane
+from pyumem.lanes.fill import Arrivals, Filler
+from pyumem.stats import StatsBlock
+from pyumem.worker import Channel, hurry
+
+PAGE = mmap.PAGESIZE
+ROOT = Path(__file__).parents[1]
+_RECORD = struct.Struct("=QQ")
+
+
+class PipeArea:
+    """An area (pyumem.lanes.fill.AreaLike) whose driver is two pipes."""
+
+    name = "ram0"
+    granule_pages = 1
+
+    def __init__(self, npages: int) -> None:
+        """Of so many pages, all missing."""
+        self.npages = npages
+        self.shmem_fd = os.memfd_create(self.name)
+        os.ftruncate(self.shmem_fd, npages * PAGE)
+        self._asked, self.ask = os.pipe()
+        self.woken, self.wake = os.pipe()
+        self._records = memoryview(bytearray(64 * _RECORD.size))
+
+    def fileno(self) -> int:
+        """Readable while a request is pending."""
+        return self._asked
+
+    def write(self, pgoff: int, data: memoryview) -> None:
+        """Write to the backing file."""
+        os.pwrite(self.shmem_fd, data, pgoff * PAGE)
+
+    def requests(self) -> memoryview:
+        """Read what is pending."""
+        nr_bytes = os.readv(self._asked, [self._records])
+        return self._records[:nr_bytes].cast("Q")
+
+    def close(self) -> None:
+        """Close what the parent has of it."""
+        for fd in (self.shmem_fd, self._asked, self.ask, self.woken):
+            os.close(fd)
+
+    def open_requests(self) -> list[int]:
+        """Return nothing: no lane is lost here."""
+        return []
+
+    def mark(self, ranges: Iterable[tuple[int, int]], *, touch: bool = False) -> int:  # noqa: ARG002
+        """Wake the consumer."""
+        os.write(self.wake, b"\0")
+        return sum(count for _, count in ranges)
+
+
+def serve(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
+    """Be the destination's lane, as the body() of its module sets it up."""
+    area: PipeArea = message["area"]
+    stats = StatsBlock.attach(fds[1])
+    if message["urgent"]:
+        hurry()
+    channel.send({"event": "ready"})
+    arrivals = Arrivals.attach(Slots([area.npages]), fds[2:4])
+    if not channel.wait_go():
+        return
+    lane = link.Link(socket.socket(fileno=fds[0]), "peer", stats)
+    if message["urgent"]:
+        UrgentLane(channel, lane, [area], arrivals, stats, untouched=True).run()
+    else:
+        destination_background.serve(lane, Filler(lane, [area], arrivals, stats, untouched=True))
+        os.close(area.wake)
+        channel.receive()
+
+
+@contextlib.contextmanager
+def lane(npages: int, ram: int, *, urgent: bool) -> Iterator[PipeArea]:
+    """One lane, its two ends in processes of their own."""
+    with contextlib.ExitStack() as stack:
+        slots = Slots([npages])
+        claims, arrivals, area = ClaimMap.create(slots), Arrivals.create(slots), PipeArea(npages)
+        stack.callback(area.close)
+        stack.callback(claims.close)
+        stack.callback(arrivals.close)
+        children = Children()
+        stack.callback(children.end)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            one = stack.enter_context(socket.create_connection(server.getsockname()))
+            other = stack.enter_context(server.accept()[0])
+        link.tune(one, urgent=urgent, background=not urgent)
+        link.tune(other, urgent=urgent)
+        stats = [StatsBlock.create(side) for side in ("destination", "source")]
+        fds = [other.fileno(), stats[0].memory.fd, *arrivals.fds]
+        children.start(serve, {"area": area, "urgent": urgent}, fds)
+        os.close(area.wake)  # the child's own end of file is how its end is seen
+        message = {
+            "peer": "peer",
+            "index": 0,
+            "tls": None,
+            "compression": None,
+            "areas": [{"id": "ram0", "size_bytes": npages * PAGE}],
+            "prefetch": {"forward": 0, "backward": 0},
+        }
+        fds = [one.fileno(), stats[1].memory.fd, claims.memory.fd, ram]
+        children.start((source_urgent if urgent else source_background).body, message, fds)
+        children.go()
+        yield area
+
+
+def ask(area: PipeArea, nr_requests: int, seed: int) -> list[float]:
+    """Miss pages at random, one after the other; return how long each took, in microseconds."""
+    pages = random.Random(seed).sample(range(area.npages), nr_requests)
+    took = []
+    for page in pages:
+        record = _RECORD.pack(page, 0)
+        began = time.perf_counter_ns()
+        os.write(area.ask, record)
+        os.read(area.woken, 1)
+        took.append((time.perf_counter_ns() - began) / 1000)
+    return took
+
+
+def stream(area: PipeArea) -> float:
+    """Wait until all memory is there; return how fast that was, in MiB/s."""
+    began = time.monotonic()
+    while os.read(area.woken, 4096):
+        pass
+    return area.npages * PAGE / (time.monotonic() - began) / (1 << 20)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one round."""
+
+    p50_us: float
+    p99_us: float
+    stream_mib_s: float
+
+    @classmethod
+    def of(cls, took: list[float], stream_mib_s: float) -> Figures:
+        """Take a round's latencies, and its speed."""
+        took = sorted(took)
+        return cls(took[len(took) // 2], took[len(took) * 99 // 100], stream_mib_s)
+
+
+def build(directory: Path) -> Path:
+    """Compile the limit."""
+    program = directory / "rawtcp"
+    source = ROOT / "bench/migration/rawtcp.c"
+    subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
+    return program
+
+
+def raw(program: Path, nr_requests: int, mib: int) -> Figures:
+    """Measure the limit."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    argv = [str(program), "serve", "127.0.0.1", port]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as server:
+        try:
+            argv = [str(program), "ask", "127.0.0.1", port, str(nr_requests), str(mib)]
+            deadline = time.monotonic() + 10
+            while True:
+                done = subprocess.run(argv, capture_output=True, text=True, check=False)
+                if not done.returncode:
+                    told = json.loads(done.stdout)
+                    return Figures(
+                        told["request_p50_us"], told["request_p99_us"], told["stream_mib_s"]
+                    )
+                if time.monotonic() > deadline:
+                    raise click.ClickException(done.stderr)
+                time.sleep(0.05)
+        finally:
+            server.kill()
+
+
+@click.command()
+@click.option("--requests", "nr_requests", default=3000, help="In each round.")
+@click.option("--mib", default=512, help="Memory to stream.")
+@click.option("--rounds", default=7)
+@click.option("--link-us", default=400.0, help="A round trip on the link that is thought of.")
+@click.option("--link-gbit", default=1.0, help="And how fast it is.")
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    nr_requests: int, mib: int, rounds: int, link_us: float, link_gbit: float, as_json: bool
+) -> None:
+    """Measure, and say what the ratios are on such a link.
+
+    Medians of the rounds, and of the rounds' ratios.
+    """
+    npages = mib * (1 << 20) // PAGE
+    ours, limits = [], []
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile(dir="/dev/shm") as ram:
+        program = build(Path(scratch))
+        for _ in range(mib):
+            ram.write(os.urandom(1 << 20))
+        ram.flush()
+        for seed in range(rounds):
+            limits.append(raw(program, nr_requests, mib))
+            with lane(npages, ram.fileno(), urgent=True) as area:
+                took = ask(area, nr_requests, seed)
+            with lane(npages, ram.fileno(), urgent=False) as area:
+                ours.append(Figures.of(took, stream(area)))
+    link_mib_s = link_gbit * 1e9 / 8 / (1 << 20)
+    pairs = list(zip(ours, limits, strict=True))
+    ratios = {
+        "p50": [(a.p50_us + link_us) / (b.p50_us + link_us) for a, b in pairs],
+        "p99": [(a.p99_us + link_us) / (b.p99_us + link_us) for a, b in pairs],
+        "stream": [
+            min(a.stream_mib_s, link_mib_s) / min(b.stream_mib_s, link_mib_s) for a, b in pairs
+        ],
+    }
+    told = {
+        "rounds": rounds,
+        "link": {"round_trip_us": link_us, "gbit_s": link_gbit},
+        "lanes": _medians(ours),
+        "raw_tcp": _medians(limits),
+        "ratio_on_link": {name: round(statistics.median(one), 3) for name, one in ratios.items()},
+    }
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+        return
+    for name, value in _medians(ours).items():
+        click.echo(f"{name:13} {value:9.1f}  raw TCP {_medians(limits)[name]:9.1f}")
+    on_link = ", ".join(f"{name} x {statistics.median(one):.2f}" for name, one in ratios.items())
+    click.echo(f"on a link of {link_gbit:g} Gbit/s with {link_us:g} us there and back: {on_link}")
+
+
+def _medians(found: list[Figures]) -> dict[str, float]:
+    return {
+        each.name: round(statistics.median(getattr(one, each.name) for one in found), 1)
+        for each in fields(Figures)
+    }
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.native")
