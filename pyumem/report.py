@@ -96,6 +96,8 @@ class Report:
     """From the start until every lane was connected and its process ready."""
     commit_ms: float | None = None
     """From COMMIT until the destination's answer."""
+    stopped_at: str = ""
+    """When the source's vCPUs stopped and were free for others; empty for a VM that stood still."""
     committed_at: str = ""
     ram_bytes: int = 0
     page_size_bytes: int = 0

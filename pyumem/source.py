@@ -64,6 +64,12 @@ _MAY_LEAVE: Final = ("running", "paused", "prelaunch")
 _STATES: Final = "only a running or paused VM can leave"
 
 
+def _clock(ago_s: float = 0.0) -> str:
+    """Return the time of day so many seconds ago."""
+    then = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ago_s)
+    return then.isoformat(timespec="milliseconds")
+
+
 class Migration(Serving):
     """One migration.  run() is its life."""
 
@@ -217,6 +223,8 @@ class Migration(Serving):
         await qemu.wait_migration("pre-switchover", "device", "completed")
         self._stopped_at = self._part_began = qemu.stopped_at or time.monotonic()
         self._part_ends("drain")
+        if qemu.stopped_at is not None:
+            self.report.stopped_at = _clock(time.monotonic() - qemu.stopped_at)
         qemu.resumed = False
         try:
             async with asyncio.timeout(_STILL_S):
@@ -356,8 +364,7 @@ class Migration(Serving):
     def _record_commit(self) -> None:
         """Leave word that this RAM is the only copy of a VM that runs elsewhere."""
         assert self._record is not None
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self.report.committed_at = now
+        self.report.committed_at = now = _clock()
         self._record = self._record.commit(now)
 
     async def _after_commit(self) -> None:

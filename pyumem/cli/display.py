@@ -189,6 +189,8 @@ def show_report(report: Report) -> None:
     row("faults that waited", faults_text(report.faults_major, report.blocked_ms))
     if report.recoveries:
         row("taken up again", report.recoveries)
+    if report.stopped_at:
+        row("vCPUs stopped at", report.stopped_at)
     if report.committed_at:
         row("committed at", report.committed_at)
     if report.guest_ended:

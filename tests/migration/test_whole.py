@@ -26,6 +26,7 @@ def check_after(world: World, migrate_said: dict[str, object], pages: int) -> No
     assert isinstance(parts, dict) and {"drain", "device_state", "load", "commit"} == parts.keys()
     assert abs(sum(parts.values()) - float(str(told["downtime_ms"]))) < 0.1
     assert all(ms > 0 for ms in parts.values())
+    assert "20" < str(told["stopped_at"]) < str(told["committed_at"])
     print("downtime", told["downtime_ms"], parts)
     assert not Path("/dev/shm/umem-src/vm1").exists(), "the RAM file is gone"
     assert not list((world.source.runtime / "migrate").glob("*.json"))
