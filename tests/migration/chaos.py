@@ -97,6 +97,7 @@ class Chaos:
         self.at = 1
         """Which of the sides has the guest."""
         self.done = self.undone = 0
+        self.move: Move | None = None
 
     # --- what may break ---
 
@@ -198,8 +199,19 @@ class Chaos:
         rmmod,
         kill_old_qemu,
     )
-    # RAM that is an area lives as long as somebody holds it.
-    LAST_HOLDER = (kill_migrate, ctrl_c)
+    # RAM that is an area lives as long as somebody holds it: this command, or the old QEMU.
+    HOLDERS = ({kill_migrate, ctrl_c}, {kill_old_qemu})
+
+    def _last_holder(self, fault: Callable[[Chaos, Move], None], broken: list[str]) -> bool:
+        """Tell whether the other of both may be gone already.
+
+        A command that takes up again what one left needs seconds to have its memory open.
+        """
+        names = {one.split("@")[0] for one in broken}
+        return any(
+            fault in these and names & {one.__name__ for one in those}
+            for these, those in (self.HOLDERS, self.HOLDERS[::-1])
+        )
 
     # --- one round ---
 
@@ -215,7 +227,9 @@ class Chaos:
         if self.dice.random() < 0.5:
             arguments += ["--prefetch-forward", "8"]
         argv = ["migrate", *mode, to.world.destination_uri, "--vm", back.vm, *arguments]
-        move = Move(to, back, to.world.start(to.world.source, "umemctl", *argv), new_qemu)
+        self.move = move = Move(
+            to, back, to.world.start(to.world.source, "umemctl", *argv), new_qemu
+        )
         begun = time.monotonic()
         early = self.dice.random() < 1 / 3
         if not early:
@@ -226,7 +240,7 @@ class Chaos:
             if move.migrate.process.poll() is not None:
                 break
             fault = self.dice.choice(self.FAULTS)
-            if fault in self.LAST_HOLDER and "kill_old_qemu" in " ".join(move.broken):
+            if self._last_holder(fault, move.broken):
                 continue
             move.broken.append(f"{fault.__name__}@{'' if early else 'commit+'}{at:.1f}")
             fault(self, move)
@@ -318,7 +332,8 @@ def main() -> None:
             except BaseException:
                 for side in scene.sides:
                     print(side.world.told())
-                print(f"failed in round {number} of seed {seed}", flush=True)
+                broken = scene.move.broken if scene.move else []
+                print(f"failed in round {number} of seed {seed}: {broken}", flush=True)
                 raise
     print(f"chaos: {scene.done} moved, {scene.undone} stayed, none was lost", flush=True)
 

@@ -171,7 +171,14 @@ def inner_script(config: VmConfig) -> str:
             "rc=0",
         ]
     else:
-        lines += [f"/bin/bash -c {quote(config.command)}", "rc=$?"]
+        # The port to the host takes 32 KiB at a time, and Python, unbuffered, loses the rest of a
+        # longer write: not of one to a pipe.  A program that is left behind may hold that open.
+        lines += [
+            "pipe=$(mktemp -u); mkfifo $pipe; cat $pipe & cat=$!",
+            f"/bin/bash -c {quote(config.command)} >$pipe 2>&1",
+            "rc=$?",
+            "for _ in {1..50}; do [ -d /proc/$cat ] || break; sleep 0.1; done",
+        ]
     lines += [
         # The leak detector of a debug kernel, where there is one.
         "if [ -w /sys/kernel/debug/kmemleak ]; then",
