@@ -182,6 +182,9 @@ class RamFile:
     def _by_content(self, first: int, nr: int) -> Iterator[tuple[bool, int, int]]:
         # The first word of every page at once: few pages that begin with zeros need a full look.
         heads = self._words[first * _WORDS : (first + nr) * _WORDS : _WORDS].tolist()
+        if 0 not in heads:
+            yield True, first, nr
+            return
         start, kind = first, None
         for page, head in enumerate(heads, first):
             content = bool(head) or not self.is_zero(page)

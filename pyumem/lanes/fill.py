@@ -155,7 +155,8 @@ class Arrivals:
         """Note that pages are marked, and record the latency of those that were asked for."""
         self.received.map[slot : slot + count] = _HERE * count
         times = self._times[slot : slot + count]
-        if count > 512 and not any(times):
+        if count > 1 and not any(times):
+            times.release()
             return
         now = 0
         for since in times:
