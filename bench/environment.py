@@ -25,6 +25,13 @@ def environment(kernel: str, cpus: int, mem: str, rounds: int) -> dict[str, obje
         "cpus": cpus,
         "memory": mem,
         "accel": "kvm" if kvm.really_works(harness.BUILD) else "tcg",
+        **here(rounds),
+    }
+
+
+def here(rounds: int) -> dict[str, object]:
+    """Return the part of it that is not about a test machine."""
+    return {
         "rounds": rounds,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),

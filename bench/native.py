@@ -31,6 +31,7 @@ from typing import Any
 
 import click
 
+from bench.environment import here
 from bench.lanes import Children
 from pyumem.claims import ClaimMap, Slots
 from pyumem.lanes import destination_background, link, source_background, source_urgent
@@ -214,8 +215,17 @@ def raw(program: Path, nr_requests: int, mib: int) -> Figures:
 @click.option("--link-us", default=400.0, help="A round trip on the link that is thought of.")
 @click.option("--link-gbit", default=1.0, help="And how fast it is.")
 @click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Write FILE.json, and FILE.rst.inc for Sphinx."
+)
 def main(
-    nr_requests: int, mib: int, rounds: int, link_us: float, link_gbit: float, as_json: bool
+    nr_requests: int,
+    mib: int,
+    rounds: int,
+    link_us: float,
+    link_gbit: float,
+    as_json: bool,
+    save: Path | None,
 ) -> None:
     """Measure, and say what the ratios are on such a link.
 
@@ -234,29 +244,69 @@ def main(
                 took = ask(area, nr_requests, seed)
             with lane(npages, ram.fileno(), urgent=False) as area:
                 ours.append(Figures.of(took, stream(area)))
-    link_mib_s = link_gbit * 1e9 / 8 / (1 << 20)
-    pairs = list(zip(ours, limits, strict=True))
-    ratios = {
-        "p50": [(a.p50_us + link_us) / (b.p50_us + link_us) for a, b in pairs],
-        "p99": [(a.p99_us + link_us) / (b.p99_us + link_us) for a, b in pairs],
-        "stream": [
-            min(a.stream_mib_s, link_mib_s) / min(b.stream_mib_s, link_mib_s) for a, b in pairs
-        ],
-    }
     told = {
-        "rounds": rounds,
+        "environment": {**here(rounds), "requests": nr_requests, "mib": mib},
         "link": {"round_trip_us": link_us, "gbit_s": link_gbit},
         "lanes": _medians(ours),
         "raw_tcp": _medians(limits),
-        "ratio_on_link": {name: round(statistics.median(one), 3) for name, one in ratios.items()},
+        "ratio_on_link": on_link(ours, limits, link_us, link_gbit),
     }
-    if as_json:
-        click.echo(json.dumps(told, indent=2))
-        return
-    for name, value in _medians(ours).items():
-        click.echo(f"{name:13} {value:9.1f}  raw TCP {_medians(limits)[name]:9.1f}")
-    on_link = ", ".join(f"{name} x {statistics.median(one):.2f}" for name, one in ratios.items())
-    click.echo(f"on a link of {link_gbit:g} Gbit/s with {link_us:g} us there and back: {on_link}")
+    if save:
+        save.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
+        save.with_suffix(".rst.inc").write_text(rst(told))
+    click.echo(json.dumps(told, indent=2) if as_json else text(told))
+
+
+def on_link(
+    ours: list[Figures], limits: list[Figures], link_us: float, link_gbit: float
+) -> dict[str, float]:
+    """Return lanes divided by raw TCP, the link's own part added to both."""
+    most = link_gbit * 1e9 / 8 / (1 << 20)
+    pairs = list(zip(ours, limits, strict=True))
+    ratios = {
+        "p50_us": [(a.p50_us + link_us) / (b.p50_us + link_us) for a, b in pairs],
+        "p99_us": [(a.p99_us + link_us) / (b.p99_us + link_us) for a, b in pairs],
+        "stream_mib_s": [min(a.stream_mib_s, most) / min(b.stream_mib_s, most) for a, b in pairs],
+    }
+    return {name: round(statistics.median(found), 2) for name, found in ratios.items()}
+
+
+def text(told: dict[str, Any]) -> str:
+    """Return it for a terminal."""
+    link = told["link"]
+    lines = [f"{'':13} {'lanes':>9} {'raw TCP':>9} {'ratio, on the link':>19}"]
+    lines += [
+        f"{name:13} {told['lanes'][name]:9.1f} {told['raw_tcp'][name]:9.1f} {ratio:19.2f}"
+        for name, ratio in told["ratio_on_link"].items()
+    ]
+    lines += [f"the link: {link['gbit_s']:g} Gbit/s, {link['round_trip_us']:g} us there and back"]
+    return "\n".join(lines)
+
+
+def rst(told: dict[str, Any]) -> str:
+    """Return it for Documentation/."""
+    link, where = told["link"], told["environment"]
+    head = (
+        ".. SPDX-License-Identifier: GPL-2.0-or-later\n"
+        ".. Written by python -m bench.native --save.\n\n"
+        f"``python -m bench.native``, commit {where['commit']}, kernel {where['host_kernel']}, "
+        f"{where['host_cpus']} processors, load {where['host_load']:.1f}; medians of "
+        f"{where['rounds']} rounds of {where['requests']} requests and {where['mib']} MiB.  The "
+        f"last column is what the ratio is on a link of {link['gbit_s']:g} Gbit/s with "
+        f"{link['round_trip_us']:g} us there and back, whose own part is the same for both.\n\n"
+        ".. list-table::\n   :header-rows: 1\n\n"
+        "   * - \n     - lanes\n     - raw TCP\n     - ratio on the link\n"
+    )
+    rows = {
+        "p50_us": "request, median, us",
+        "p99_us": "request, 99 %, us",
+        "stream_mib_s": "stream, MiB/s",
+    }
+    return head + "".join(
+        f"   * - {label}\n     - {told['lanes'][name]}\n     - {told['raw_tcp'][name]}\n"
+        f"     - x {told['ratio_on_link'][name]:.2f}\n"
+        for name, label in rows.items()
+    )
 
 
 def _medians(found: list[Figures]) -> dict[str, float]:
