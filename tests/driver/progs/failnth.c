@@ -412,6 +412,13 @@ static int call_log_on(void)
 	return result(ioctl(at.server, UMEM_SET_DIRTY_LOG, &log));
 }
 
+/* Switching the log off, as after a failure, makes mappings of a complete area plain. */
+static void prepare_plain(void)
+{
+	prepare_complete();
+	must(!call_plain(), "UMEM_MAKE_VMA_ANONYMOUS");
+}
+
 static void prepare_log(void)
 {
 	prepare_complete();
@@ -586,7 +593,7 @@ static const struct {
 	{ "UMEM_MARK_PAGE_POISONED", prepare_map, call_poison },
 	{ "UMEM_GET_BITMAP", prepare_area, call_bitmap },
 	{ "UMEM_MAKE_VMA_ANONYMOUS", prepare_complete, call_plain },
-	{ "UMEM_SET_DIRTY_LOG on", prepare_complete, call_log_on },
+	{ "UMEM_SET_DIRTY_LOG on", prepare_plain, call_log_on },
 	{ "UMEM_SET_DIRTY_LOG off", prepare_log, call_log_off },
 	{ "UMEM_GET_DIRTY", prepare_log, call_dirty },
 	{ "UMEM_GET_STATS", prepare_area, call_stats },
