@@ -186,7 +186,7 @@ bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults agai
 
 .PHONY: bench-dirty
 bench-dirty: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure the log of writes, in the VM (KERNEL= CPUS= ROUNDS=)
-	@$(PY) -m bench.dirty.run --kernel $(ONE_KERNEL) --mem $(MEM) --cpus $(CPUS) --rounds $(ROUNDS)
+	@$(PY) -m bench.dirty.run --kernel $(ONE_KERNEL) --cpus $(CPUS) --rounds $(ROUNDS)
 
 .PHONY: lint
 lint: $(STAMPS)/venv $(STAMPS)/checkpatch $(STAMPS)/packaging $(KERNELS:%=$(STAMPS)/kernel-%) ## ruff, mypy, shellcheck, W=1, sparse, checkpatch, coccinelle, dkms ...
