@@ -180,10 +180,23 @@ class Chaos:
 
     def kill_old_qemu(self, move: Move) -> None:
         """The source's, once it has no right to run any more; its memory is where it was."""
+        if "ctrl_c" in " ".join(move.broken):
+            return  # the command may be about to leave it
+        # One that takes up again what another left needs seconds until it has it open.
+        eventually(lambda: self._command_holds_ram(move) or move.migrate.process.poll() is not None)
+        if move.migrate.process.poll() is not None:
+            return
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             record = json.loads(self._record(move).read_text())
             if record["answered"]:
                 os.kill(record["qemu"]["pid"], signal.SIGKILL)
+
+    def _command_holds_ram(self, move: Move) -> bool:
+        held = []
+        for fd in Path(f"/proc/{move.migrate.process.pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # closed meanwhile, or the process is gone
+                held.append(str(fd.readlink()))
+        return any(f"{move.back.vm}.ram0" in one for one in held)
 
     FAULTS: tuple[Callable[[Chaos, Move], None], ...] = (
         kill_serve,
@@ -200,18 +213,7 @@ class Chaos:
         kill_old_qemu,
     )
     # RAM that is an area lives as long as somebody holds it: this command, or the old QEMU.
-    HOLDERS = ({kill_migrate, ctrl_c}, {kill_old_qemu})
-
-    def _last_holder(self, fault: Callable[[Chaos, Move], None], broken: list[str]) -> bool:
-        """Tell whether the other of both may be gone already.
-
-        A command that takes up again what one left needs seconds to have its memory open.
-        """
-        names = {one.split("@")[0] for one in broken}
-        return any(
-            fault in these and names & {one.__name__ for one in those}
-            for these, those in (self.HOLDERS, self.HOLDERS[::-1])
-        )
+    LAST_HOLDER = (kill_migrate, ctrl_c)
 
     # --- one round ---
 
@@ -240,7 +242,7 @@ class Chaos:
             if move.migrate.process.poll() is not None:
                 break
             fault = self.dice.choice(self.FAULTS)
-            if self._last_holder(fault, move.broken):
+            if fault in self.LAST_HOLDER and "kill_old_qemu" in " ".join(move.broken):
                 continue
             move.broken.append(f"{fault.__name__}@{'' if early else 'commit+'}{at:.1f}")
             fault(self, move)
