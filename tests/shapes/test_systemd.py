@@ -135,6 +135,9 @@ def systemd(w: World, place: Path) -> Iterator[Systemd]:
         program.end()
         events = group / "cgroup.events"
         eventually(lambda: "populated 0" in events.read_text(), why="it does not end")
+        # All mounts of it show the same groups.
+        for left in sorted([group, *group.rglob("*/")], reverse=True):
+            left.rmdir()
         subprocess.run(["umount", groups], check=True)
 
 
