@@ -25,14 +25,16 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bench.environment import here
+from bench.fault.run import GCC
 from bench.lanes import Children
+from bench.migration.results import Limit
 from pyumem.claims import ClaimMap, Slots
 from pyumem.lanes import destination_background, link, source_background, source_urgent
 from pyumem.lanes.destination_urgent import UrgentLane
@@ -43,6 +45,8 @@ from pyumem.worker import Channel, hurry
 PAGE = mmap.PAGESIZE
 ROOT = Path(__file__).parents[1]
 _RECORD = struct.Struct("=QQ")
+_WAKE = struct.Struct("=Q")
+"""How many pages were marked."""
 
 
 class PipeArea:
@@ -84,8 +88,16 @@ class PipeArea:
 
     def mark(self, ranges: Iterable[tuple[int, int]], *, touch: bool = False) -> int:  # noqa: ARG002
         """Wake the consumer."""
-        os.write(self.wake, b"\0")
-        return sum(count for _, count in ranges)
+        count = sum(count for _, count in ranges)
+        os.write(self.wake, _WAKE.pack(count))
+        return count
+
+    def woken_for(self) -> int:
+        """Sleep until pages are marked; return how many."""
+        record = os.read(self.woken, _WAKE.size)
+        if len(record) < _WAKE.size:
+            raise click.ClickException("a lane has ended before its time")
+        return int(_WAKE.unpack(record)[0])
 
 
 def serve(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
@@ -103,7 +115,6 @@ def serve(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
         UrgentLane(channel, lane, [area], arrivals, stats, untouched=True).run()
     else:
         destination_background.serve(lane, Filler(lane, [area], arrivals, stats, untouched=True))
-        os.close(area.wake)
         channel.receive()
 
 
@@ -124,9 +135,11 @@ def lane(npages: int, ram: int, *, urgent: bool) -> Iterator[PipeArea]:
         link.tune(one, urgent=urgent, background=not urgent)
         link.tune(other, urgent=urgent)
         stats = [StatsBlock.create(side) for side in ("destination", "source")]
+        for block in stats:
+            stack.callback(block.close)
         fds = [other.fileno(), stats[0].memory.fd, *arrivals.fds]
         children.start(serve, {"area": area, "urgent": urgent}, fds)
-        os.close(area.wake)  # the child's own end of file is how its end is seen
+        os.close(area.wake)  # only the lane has it: its end is an end of file
         message = {
             "peer": "peer",
             "index": 0,
@@ -149,7 +162,7 @@ def ask(area: PipeArea, nr_requests: int, seed: int) -> list[float]:
         record = _RECORD.pack(page, 0)
         began = time.perf_counter_ns()
         os.write(area.ask, record)
-        os.read(area.woken, 1)
+        area.woken_for()
         took.append((time.perf_counter_ns() - began) / 1000)
     return took
 
@@ -157,35 +170,27 @@ def ask(area: PipeArea, nr_requests: int, seed: int) -> list[float]:
 def stream(area: PipeArea) -> float:
     """Wait until all memory is there; return how fast that was, in MiB/s."""
     began = time.monotonic()
-    while os.read(area.woken, 4096):
-        pass
+    missing = area.npages
+    while missing:
+        missing -= area.woken_for()
     return area.npages * PAGE / (time.monotonic() - began) / (1 << 20)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one round."""
-
-    p50_us: float
-    p99_us: float
-    stream_mib_s: float
-
-    @classmethod
-    def of(cls, took: list[float], stream_mib_s: float) -> Figures:
-        """Take a round's latencies, and its speed."""
-        took = sorted(took)
-        return cls(took[len(took) // 2], took[len(took) * 99 // 100], stream_mib_s)
+def figures(took: list[float], stream_mib_s: float) -> Limit:
+    """Return what a round found, in the form of its limit."""
+    took = sorted(took)
+    return Limit(took[len(took) // 2], took[len(took) * 99 // 100], stream_mib_s)
 
 
 def build(directory: Path) -> Path:
     """Compile the limit."""
     program = directory / "rawtcp"
     source = ROOT / "bench/migration/rawtcp.c"
-    subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
+    subprocess.run([*GCC, source, "-o", program], check=True)
     return program
 
 
-def raw(program: Path, nr_requests: int, mib: int) -> Figures:
+def raw(program: Path, nr_requests: int, mib: int) -> Limit:
     """Measure the limit."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -197,10 +202,7 @@ def raw(program: Path, nr_requests: int, mib: int) -> Figures:
             while True:
                 done = subprocess.run(argv, capture_output=True, text=True, check=False)
                 if not done.returncode:
-                    told = json.loads(done.stdout)
-                    return Figures(
-                        told["request_p50_us"], told["request_p99_us"], told["stream_mib_s"]
-                    )
+                    return Limit(**json.loads(done.stdout))
                 if time.monotonic() > deadline:
                     raise click.ClickException(done.stderr)
                 time.sleep(0.05)
@@ -243,7 +245,7 @@ def main(
             with lane(npages, ram.fileno(), urgent=True) as area:
                 took = ask(area, nr_requests, seed)
             with lane(npages, ram.fileno(), urgent=False) as area:
-                ours.append(Figures.of(took, stream(area)))
+                ours.append(figures(took, stream(area)))
     told = {
         "environment": {**here(rounds), "requests": nr_requests, "mib": mib},
         "link": {"round_trip_us": link_us, "gbit_s": link_gbit},
@@ -258,25 +260,24 @@ def main(
 
 
 def on_link(
-    ours: list[Figures], limits: list[Figures], link_us: float, link_gbit: float
+    ours: list[Limit], limits: list[Limit], link_us: float, link_gbit: float
 ) -> dict[str, float]:
     """Return lanes divided by raw TCP, the link's own part added to both."""
     most = link_gbit * 1e9 / 8 / (1 << 20)
-    pairs = list(zip(ours, limits, strict=True))
-    ratios = {
-        "p50_us": [(a.p50_us + link_us) / (b.p50_us + link_us) for a, b in pairs],
-        "p99_us": [(a.p99_us + link_us) / (b.p99_us + link_us) for a, b in pairs],
-        "stream_mib_s": [min(a.stream_mib_s, most) / min(b.stream_mib_s, most) for a, b in pairs],
-    }
+    ratios: dict[str, list[float]] = {each.name: [] for each in fields(Limit)}
+    for a, b in zip(ours, limits, strict=True):
+        ratios["request_p50_us"].append((a.request_p50_us + link_us) / (b.request_p50_us + link_us))
+        ratios["request_p99_us"].append((a.request_p99_us + link_us) / (b.request_p99_us + link_us))
+        ratios["stream_mib_s"].append(min(a.stream_mib_s, most) / min(b.stream_mib_s, most))
     return {name: round(statistics.median(found), 2) for name, found in ratios.items()}
 
 
 def text(told: dict[str, Any]) -> str:
     """Return it for a terminal."""
     link = told["link"]
-    lines = [f"{'':13} {'lanes':>9} {'raw TCP':>9} {'ratio, on the link':>19}"]
+    lines = [f"{'':15} {'lanes':>9} {'raw TCP':>9} {'ratio, on the link':>19}"]
     lines += [
-        f"{name:13} {told['lanes'][name]:9.1f} {told['raw_tcp'][name]:9.1f} {ratio:19.2f}"
+        f"{name:15} {told['lanes'][name]:9.1f} {told['raw_tcp'][name]:9.1f} {ratio:19.2f}"
         for name, ratio in told["ratio_on_link"].items()
     ]
     lines += [f"the link: {link['gbit_s']:g} Gbit/s, {link['round_trip_us']:g} us there and back"]
@@ -298,8 +299,8 @@ def rst(told: dict[str, Any]) -> str:
         "   * - \n     - lanes\n     - raw TCP\n     - ratio on the link\n"
     )
     rows = {
-        "p50_us": "request, median, us",
-        "p99_us": "request, 99 %, us",
+        "request_p50_us": "request, median, us",
+        "request_p99_us": "request, 99 %, us",
         "stream_mib_s": "stream, MiB/s",
     }
     return head + "".join(
@@ -309,10 +310,10 @@ def rst(told: dict[str, Any]) -> str:
     )
 
 
-def _medians(found: list[Figures]) -> dict[str, float]:
+def _medians(found: list[Limit]) -> dict[str, float]:
     return {
         each.name: round(statistics.median(getattr(one, each.name) for one in found), 1)
-        for each in fields(Figures)
+        for each in fields(Limit)
     }
 
 

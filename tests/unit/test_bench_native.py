@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import click
+import pytest
 from click.testing import CliRunner
 
 from bench import native
-from bench.native import Figures
+from bench.migration.results import Limit
 
 
 def test_a_small_run(tmp_path: Path) -> None:
@@ -18,14 +21,26 @@ def test_a_small_run(tmp_path: Path) -> None:
     told = json.loads(done.output)
     assert told == json.loads((tmp_path / "found.json").read_text())
     for side in ("lanes", "raw_tcp"):
-        assert 0 < told[side]["p50_us"] <= told[side]["p99_us"] and told[side]["stream_mib_s"] > 0
+        assert (
+            0 < told[side]["request_p50_us"] <= told[side]["request_p99_us"]
+            and told[side]["stream_mib_s"] > 0
+        )
     table = (tmp_path / "found.rst.inc").read_text()
-    assert f"     - {told['lanes']['p50_us']}\n" in table
+    assert f"     - {told['lanes']['request_p50_us']}\n" in table
+
+
+def test_a_lane_that_ends_is_no_fast_one() -> None:
+    area = native.PipeArea(4)
+    area.mark([(0, 3)])
+    os.close(area.wake)
+    with pytest.raises(click.ClickException, match="before its time"):
+        native.stream(area)
+    area.close()
 
 
 def test_what_the_link_adds_it_adds_to_both() -> None:
-    ours, limits = [Figures(80, 300, 1000)], [Figures(20, 50, 4000)]
+    ours, limits = [Limit(80, 300, 1000)], [Limit(20, 50, 4000)]
     # 1 Gbit/s is 119 MiB/s: both are faster than that.
     ratios = native.on_link(ours, limits, link_us=400, link_gbit=1)
-    assert ratios == {"p50_us": 1.14, "p99_us": 1.56, "stream_mib_s": 1.0}
+    assert ratios == {"request_p50_us": 1.14, "request_p99_us": 1.56, "stream_mib_s": 1.0}
     assert native.on_link(ours, limits, link_us=0, link_gbit=100)["stream_mib_s"] == 0.25
