@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whether background pages may go compressed, as the two daemons agree upon it; what compresses is
-pyumem.lanes.compress.
+"""Whether pages that nobody waits for may go compressed, as the two daemons agree upon it; what
+compresses is pyumem.lanes.compress.
 
-The source offers it in the HELLO of a background lane, the destination takes it in its WELCOME, or
-does not.  Workers run without site-packages: they are told where the one library is.
+The source offers it in the HELLO of a background or pre-copy lane, the destination takes it in its
+WELCOME, or does not.  Workers run without site-packages: they are told where the one library is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pyumem.errors import UsageError
 from pyumem.hello import Hello, Lane
 
 ZSTD: Final = "zstd"
+LANES: Final = frozenset({Lane.BACKGROUND, Lane.PRECOPY})
+"""Of the others each page is one that the guest waits for."""
 
 
 class Compress(StrEnum):
@@ -49,5 +51,5 @@ def offer(wish: Compress) -> str:
 
 def accept(hello: Hello) -> str:
     """Return what WELCOME says to an offer."""
-    asked = hello.lane is Lane.BACKGROUND and hello.compression == ZSTD
+    asked = hello.lane in LANES and hello.compression == ZSTD
     return ZSTD if asked and directory() else ""

@@ -122,7 +122,7 @@ class Report:
     """How long all of them slept, together."""
     bytes_sent_by_lane: dict[str, int] = field(default_factory=dict)
     bytes_before_compression: int = 0
-    """Of pages_background: content that went compressed."""
+    """Content of background and pre-copy lanes that went compressed."""
     bytes_after_compression: int = 0
     device_state_bytes: int = 0
     precopy: dict[str, Any] = field(default_factory=dict)

@@ -55,7 +55,7 @@ class Plan:
     prefetch: Prefetch = NO_PREFETCH
     """Neighbours of requested pages that are sent unasked."""
     compress: Compress = Compress.AUTO
-    """Whether the background transfer is compressed."""
+    """Whether pages that nobody waits for are compressed."""
 
 
 class SourceBase:
@@ -159,9 +159,9 @@ class SourceBase:
         report.pages_prefetched = self._totals(Lane.URGENT).prefetched
         report.pages_background = progress.pages_background
         report.pages_zero = progress.pages_zero
-        background = self._totals(Lane.BACKGROUND)
-        report.bytes_before_compression = background.bytes_before
-        report.bytes_after_compression = background.bytes_after
+        unhurried = self._totals(Lane.BACKGROUND) + self._totals(Lane.PRECOPY)
+        report.bytes_before_compression = unhurried.bytes_before
+        report.bytes_after_compression = unhurried.bytes_after
         report.pages_released = self._release.pages if self._release else 0
         report.device_state_bytes = self._device_bytes
         if self._precopy:

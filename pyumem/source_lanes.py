@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from pyumem import wire
 from pyumem.address import Address
 from pyumem.claims import ClaimMap
-from pyumem.compression import Compress, directory, offer
+from pyumem.compression import LANES, Compress, directory, offer
 from pyumem.errors import LinkError, ProtocolError, UmemError
 from pyumem.greeting import AsyncLink, introduce, introduce_control, software
 from pyumem.heartbeat import beat
@@ -70,7 +70,7 @@ class Session:
             areas=areas if lane is Lane.CONTROL else (),
             resume=resume,
             confirm=self.release is not None and lane is Lane.CONTROL,
-            compression=offer(self.compress) if lane is Lane.BACKGROUND else "",
+            compression=offer(self.compress) if lane in LANES else "",
             precopy_lanes=self.precopy_lanes if lane is Lane.CONTROL else 0,
         )
 

@@ -85,14 +85,14 @@ class Kind(IntEnum):
     VERDICT = 15  # destination, control, after WELCOME to a resume: JSON; what became of the VM
     REQUEST = 16  # destination, urgent: offsets of pages that somebody waits for
     DISCARD = 17  # destination, urgent: offsets of pages that the guest discarded while missing
-    PAGES = 18  # source, urgent and background: a run of pages
-    ZERO = 19  # source, urgent and background: ranges that are zero
-    END = 20  # source, background: this lane has nothing more to send
+    PAGES = 18  # source, page lanes: a run of pages
+    ZERO = 19  # source, page lanes: ranges that are zero
+    END = 20  # source, background and pre-copy: this lane has nothing more to send
     HAVE = 21  # destination, control: a bitmap of pages that are here; see recovery.py, release.py
     CLEAN = 25  # source, control, after pre-copy: a bitmap of pages that may be seen as they are
     ROUND = 24  # both ways, pre-copy: all of a round was sent; all of it is written
     STARTTLS = 22  # source, control, instead of HELLO: TLS from here on, CHALLENGE comes again
-    PACKED = 23  # source, background, where WELCOME took it: a run of pages, compressed
+    PACKED = 23  # source, background and pre-copy, where WELCOME took it: a run, compressed
     SCATTERED = 26  # source, background and pre-copy: ranges of pages, and their content
 
 

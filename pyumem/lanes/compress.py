@@ -54,9 +54,15 @@ def load(directory: str) -> ModuleType:
 class Packer:
     """Compresses what the decision wants compressed."""
 
-    def __init__(self, directory: str, decision: Decision, stats: StatsBlock) -> None:
-        """Load the library from its directory.  Raises UmemError."""
+    def __init__(
+        self, directory: str, decision: Decision, stats: StatsBlock, *, live: bool = False
+    ) -> None:
+        """Load the library from its directory.  live: somebody may write the pages meanwhile.
+
+        Raises UmemError.
+        """
         self.decision: Final = decision
+        self._still = memoryview(mmap.mmap(-1, wire.MAX_PACKED)) if live else None
         self._stats = stats
         self._zstd: ZstdCompressor = load(directory).ZstdCompressor(level=LEVEL)
         self._out = memoryview(mmap.mmap(-1, wire.MAX_PACKED))
@@ -67,16 +73,26 @@ class Packer:
         if size > wire.MAX_PACKED or not self.decision.wants():
             return None
         began = time.monotonic()
-        room = int(size * _WORTH)
-        # Ends early when there is no room left: what does not shrink costs little.
-        with self._out[:room] as out, self._zstd.stream_reader(run, size=size) as reader:
-            length = reader.readinto(out)
-        packed = self._out[:length] if length < room else None
-        self.decision.packed(size, length if packed else size, time.monotonic() - began)
+        if self._still is not None:
+            # zstd promises nothing for a source that changes while it looks at it twice.
+            with self._still[:size] as still:
+                still[:] = run
+                packed = self._packed(still)
+        else:
+            packed = self._packed(run)
+        length = len(packed) if packed else size
+        self.decision.packed(size, length, time.monotonic() - began)
         if packed:
             self._stats.add(Counter.BYTES_BEFORE, size)
             self._stats.add(Counter.BYTES_AFTER, length)
         return packed
+
+    def _packed(self, run: memoryview) -> memoryview | None:
+        room = int(len(run) * _WORTH)
+        # Ends early when there is no room left: what does not shrink costs little.
+        with self._out[:room] as out, self._zstd.stream_reader(run, size=len(run)) as reader:
+            length = reader.readinto(out)
+        return self._out[:length] if length < room else None
 
 
 class Unpacker:

@@ -11,7 +11,7 @@ from typing import Any
 from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import LinkError
-from pyumem.lanes.fill import Arrivals, Filler
+from pyumem.lanes.fill import Arrivals, Filler, make_unpack
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.room import Room, groups_of
 from pyumem.stats import StatsBlock
@@ -48,12 +48,7 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     stats = StatsBlock.attach(fds[1])
     areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
     slots = Slots([area.npages for area in areas])
-    unpack = None
-    if message["compression"]:
-        # Costs a worker time and memory that not all need.
-        from pyumem.lanes.compress import Unpacker
-
-        unpack = Unpacker(message["compression"]).unpack
+    unpack = make_unpack(message["compression"])
     channel.send({"event": "ready"})
     if not channel.wait_go():
         return

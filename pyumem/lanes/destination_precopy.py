@@ -14,7 +14,7 @@ from typing import Any
 from pyumem import wire
 from pyumem.claims import Slots
 from pyumem.errors import LinkError
-from pyumem.lanes.fill import PAGE_SIZE, AreaLike, Arrivals, Filler
+from pyumem.lanes.fill import PAGE_SIZE, AreaLike, Arrivals, Filler, Unpack, make_unpack
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.room import Room, groups_of
 from pyumem.stats import Counter, StatsBlock
@@ -34,6 +34,11 @@ class PrecopyFiller(Filler):
         ranges = self._scattered_ranges(header, area)
         self._receive_scattered(area, ranges)
         self._stats.add(Counter.PAGES, sum(count for _, count in ranges))
+
+    def _unpack_pages(self, header: wire.Header, area: AreaLike, unpack: Unpack) -> None:
+        wire.check_packed(header, area.name, area.npages, PAGE_SIZE)
+        self._receive_packed(header, area, unpack)
+        self._stats.add(Counter.PAGES, header.count)
 
     def _zero(self, header: wire.Header, area: AreaLike) -> None:
         ranges = wire.unpack_ranges(header, self._link.payload(header), area.name, area.npages)
@@ -62,13 +67,14 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     stats = StatsBlock.attach(fds[1])
     areas = [Area.from_fds(*pair) for pair in zip(fds[4::2], fds[5::2], strict=True)]
     slots = Slots([area.npages for area in areas])
+    unpack = make_unpack(message["compression"])
     channel.send({"event": "ready"})
     if not channel.wait_go():
         return
     link = make_link(sock, message, stats)
     room = Room(groups_of(message["qemu_pid"]))
     arrivals = Arrivals.attach(slots, fds[2:4])
-    serve(link, PrecopyFiller(link, areas, arrivals, stats, room=room))
+    serve(link, PrecopyFiller(link, areas, arrivals, stats, room=room, unpack=unpack))
     channel.send({"event": "drained"})
     channel.receive()
 

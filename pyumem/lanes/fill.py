@@ -48,6 +48,22 @@ _COMING: Final = b"\1"
 _HERE: Final = b"\2"
 
 
+Unpack = Callable[[memoryview, memoryview], None]
+"""Makes pages, its second argument, of compressed ones."""
+
+
+def make_unpack(directory: str) -> Unpack | None:
+    """Return what a lane unpacks with; the directory is the start message's, empty where nothing
+    was agreed upon.  Raises UmemError.
+    """
+    if not directory:
+        return None
+    # Costs a worker time and memory that not all need.
+    from pyumem.lanes.compress import Unpacker
+
+    return Unpacker(directory).unpack
+
+
 class AreaLike(Protocol):
     """What the lanes need of pyumem.area.Area; tests have one without a driver."""
 
@@ -208,7 +224,7 @@ class Filler:
         room: Room | None = None,
         touch: bool = False,
         untouched: bool = False,
-        unpack: Callable[[memoryview, memoryview], None] | None = None,
+        unpack: Unpack | None = None,
     ) -> None:
         """Fill the areas from the link, while there is room.  touch: map pages for the guest as
         they come; untouched: a missing page never had content, since there was no pre-copy before,
@@ -295,15 +311,16 @@ class Filler:
                     self._write(area, pgoff, part)
                 at += count * PAGE_SIZE
 
-    def _unpack_pages(
-        self,
-        header: wire.Header,
-        area: AreaLike,
-        unpack: Callable[[memoryview, memoryview], None],
-    ) -> None:
+    def _unpack_pages(self, header: wire.Header, area: AreaLike, unpack: Unpack) -> None:
         pgoff, count = header.pgoff, header.count
         wire.check_packed(header, area.name, area.npages, PAGE_SIZE)
         slot = self._fresh("PACKED", header.area, area, pgoff, count)
+        self._receive_packed(header, area, unpack)
+        self._written(area, pgoff, count, slot)
+
+    def _receive_packed(self, header: wire.Header, area: AreaLike, unpack: Unpack) -> None:
+        """Receive compressed pages and write them."""
+        pgoff, count = header.pgoff, header.count
         size = count * PAGE_SIZE
         with self._packed[: header.length] as packed, self._buffer[:size] as data:
             self._link.receive_into(packed)
@@ -316,7 +333,6 @@ class Filler:
             self._write(area, pgoff, data)
         self._stats.add(Counter.BYTES_BEFORE, size)
         self._stats.add(Counter.BYTES_AFTER, header.length)
-        self._written(area, pgoff, count, slot)
 
     def _written(self, area: AreaLike, pgoff: int, count: int, slot: int) -> None:
         self._mark(area, slot, ((pgoff, count),), touch=self._touch)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What both lanes of the source do with pages they have claimed: send what has content, tell what
-is zero.
+"""What all page lanes of the source do with pages they have claimed: send what has content, tell
+what is zero.
 """
 
 from __future__ import annotations
@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 RUN_PAGES: Final = max(1, 256 * 1024 // PAGE_SIZE)
 """Longest run in one frame, in pages: short enough that an urgent page waits for little behind it.
 """
+
+
+def make_packer(
+    wish: dict[str, str] | None, stats: StatsBlock, *, live: bool = False
+) -> Packer | None:
+    """Return what compresses a lane's pages as its start message wishes, None if nothing does.
+    live: the guest may write them meanwhile.  Raises UmemError.
+    """
+    if wish is None:
+        return None
+    # Costs a worker time and memory that not all need.
+    from pyumem.lanes.compress import Packer
+    from pyumem.lanes.payoff import Always, Payoff
+
+    decision = Always() if wish["wish"] == "on" else Payoff()
+    return Packer(wish["directory"], decision, stats, live=live)
 
 
 class Sender:

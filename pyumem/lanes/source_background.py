@@ -17,7 +17,7 @@ from pyumem.claims import ClaimMap, Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.pacing import Pacer
-from pyumem.lanes.serve_pages import RUN_PAGES, Sender
+from pyumem.lanes.serve_pages import RUN_PAGES, Sender, make_packer
 from pyumem.ram import RamFile
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
@@ -140,16 +140,6 @@ class BackgroundLane:
             pass
 
 
-def _make_packer(wish: dict[str, str] | None, stats: StatsBlock) -> Packer | None:
-    if wish is None:
-        return None
-    # Costs a worker time and memory that not all need.
-    from pyumem.lanes.compress import Packer
-    from pyumem.lanes.payoff import Always, Payoff
-
-    return Packer(wish["directory"], Always() if wish["wish"] == "on" else Payoff(), stats)
-
-
 def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     """Set up from the start message: fds as in source_urgent."""
     sock = socket.socket(fileno=fds[0])
@@ -160,7 +150,7 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     ]
     claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
     link = make_link(sock, message, stats)
-    packer = _make_packer(message["compression"], stats)
+    packer = make_packer(message["compression"], stats)
     channel.send({"event": "ready"})
     BackgroundLane(channel, link, ram, claims, stats, packer).run(holes=message["index"] == 0)
 

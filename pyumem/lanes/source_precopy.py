@@ -14,17 +14,20 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from pyumem import wire
 from pyumem.claims import ClaimMap, Slots
 from pyumem.errors import LinkError
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.pacing import Pacer
-from pyumem.lanes.serve_pages import RUN_PAGES, Sender
+from pyumem.lanes.serve_pages import RUN_PAGES, Sender, make_packer
 from pyumem.ram import RamFile
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
+
+if TYPE_CHECKING:
+    from pyumem.lanes.compress import Packer
 
 _LOOK_MS: Final = 20
 
@@ -39,13 +42,15 @@ class PrecopyLane:
         ram: Sequence[RamFile],
         claims: ClaimMap,
         stats: StatsBlock,
+        packer: Packer | None = None,
     ) -> None:
-        """Send on the link what the claim map says is free."""
+        """Send on the link what the claim map says is free; compressed, if the packer says so."""
+        self._restart = packer.decision.restart if packer else lambda: None
         self._channel = channel
         self._link = link
         self._claims = claims
-        self._sender = Sender(link, ram, stats)
-        self._pacer = Pacer(claims, self._look, lambda: None)
+        self._sender = Sender(link, ram, stats, packer)
+        self._pacer = Pacer(claims, self._look, self._restart)
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(link.fileno(), select.POLLIN)
@@ -73,6 +78,8 @@ class PrecopyLane:
 
     def _round(self) -> None:
         slots = self._claims.slots
+        # It stood still since the round before.
+        self._restart()
         while True:
             longest = self._pacer.next_run(RUN_PAGES)
             if not (runs := self._claims.claim_runs(longest, wire.MAX_SCATTERED_RANGES)):
@@ -120,8 +127,9 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     ]
     claims = ClaimMap.attach(fds[2], Slots([one.npages for one in ram]))
     link = make_link(sock, message, stats)
+    packer = make_packer(message["compression"], stats, live=True)
     channel.send({"event": "ready"})
-    PrecopyLane(channel, link, ram, claims, stats).run()
+    PrecopyLane(channel, link, ram, claims, stats, packer).run()
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ class Chaos:
         mode = self.dice.choice(MODES)
         if mode and self.dice.random() < 0.3:
             arguments.append("-n")
+        arguments += ["--compress", self.dice.choice(("auto", "on", "off"))]
         if self.dice.random() < 0.5:
             arguments += ["--prefetch-forward", "8"]
         argv = ["migrate", *mode, to.world.destination_uri, "--vm", back.vm, *arguments]

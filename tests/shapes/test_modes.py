@@ -33,7 +33,7 @@ def moved(tmp: Path, *arguments: str, writes: bool, ends: int = 0) -> dict[str, 
         migrate = w.start(
             w.source,
             *("umemctl", "migrate", w.destination_uri, "--vm", "leaver", "--json"),
-            # Rounds are never compressed.
+            # What `auto` makes of an emulated processor changes from run to run.
             *("--max-bandwidth", "6M", "--compress", "off", *arguments),
         )
         if not ends:

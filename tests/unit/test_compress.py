@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
+import threading
 
 import pytest
 import zstandard
@@ -41,7 +43,7 @@ def unpack(packed: bytes, size: int) -> bytes:
 
 pieces = st.one_of(
     st.binary(min_size=1, max_size=64).map(lambda piece: (piece * PAGE)[:PAGE]),
-    st.integers(0, 1 << 30).map(lambda seed: __import__("random").Random(seed).randbytes(PAGE)),
+    st.integers(0, 1 << 30).map(lambda seed: random.Random(seed).randbytes(PAGE)),
 )
 
 
@@ -60,6 +62,32 @@ def test_what_does_not_shrink_goes_as_it_is() -> None:
     assert PACKER.pack(memoryview(os.urandom(16 * PAGE))) is None
     assert PACKER.pack(memoryview(bytearray(wire.MAX_PACKED + PAGE))) is None, "above the bound"
     assert STATS.read() == before
+
+
+def test_a_run_that_changes_meanwhile() -> None:
+    """Each byte is an old or a new one, and it is a run that comes back."""
+    packer = Packer(directory(), Always(), STATS, live=True)
+    old, new = b"0123456789abcdef" * 4096, b"fedcba9876543210" * 4096
+    run = bytearray(old)
+    over = threading.Event()
+
+    def write() -> None:
+        chooser = random.Random(1)
+        while not over.is_set():
+            at, size = chooser.randrange(len(run)), chooser.randrange(1, 5000)
+            run[at : at + size] = chooser.choice((old, new))[at : at + size]
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(200):
+            packed = packer.pack(memoryview(run))
+            assert packed is not None
+            found = unpack(bytes(packed), len(run))
+            assert all(a in (b, c) for a, b, c in zip(found, old, new, strict=True))
+    finally:
+        over.set()
+        writer.join()
 
 
 TEXT = b"some text, and some more of it " * 600
@@ -178,6 +206,7 @@ def hello(lane: Lane, compression: str) -> Hello:
 def test_what_is_offered_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [offer(wish) for wish in Compress] == ["zstd", "zstd", ""]
     assert accept(hello(Lane.BACKGROUND, "zstd")) == "zstd"
+    assert accept(hello(Lane.PRECOPY, "zstd")) == "zstd"
     assert accept(hello(Lane.URGENT, "zstd")) == "", "requested pages go as they are"
     assert accept(hello(Lane.BACKGROUND, "")) == accept(hello(Lane.BACKGROUND, "lz77")) == ""
     monkeypatch.setattr(compression, "directory", lambda: "")

@@ -7,15 +7,20 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pyumem import wire
 from pyumem.claims import ClaimMap, Slots
+from pyumem.compression import directory
 from pyumem.errors import LinkError, ProtocolError
 from pyumem.lanes import destination_precopy, source_precopy
+from pyumem.lanes.compress import Packer
 from pyumem.lanes.destination_precopy import PrecopyFiller
+from pyumem.lanes.fill import make_unpack
+from pyumem.lanes.payoff import Always
 from pyumem.ram import PAGE_SIZE, RamFile
 from pyumem.stats import StatsBlock
 from pyumem.wire import Kind
@@ -38,7 +43,7 @@ def world() -> Iterator[World]:
 class Lanes:
     """So many pairs of them, over one claim map of their own."""
 
-    def __init__(self, world: World, nr: int) -> None:
+    def __init__(self, world: World, nr: int, *, packed: bool = False) -> None:
         self.world = world
         self.claims = ClaimMap.create(Slots(SIZES))
         self.offer([])
@@ -51,15 +56,22 @@ class Lanes:
                 for i, (path, size) in enumerate(zip(world.paths, SIZES, strict=True))
             ]
             stats = world.stats[f"sp{n}"]
-            self.sources.append(
-                Lane(
-                    lambda channel, link=source, ram=ram, claims=claims, stats=stats: (  # type: ignore[misc]
-                        source_precopy.PrecopyLane(channel, link, ram, claims, stats).run()
-                    )
-                )
+            packer = Packer(directory(), Always(), stats, live=True) if packed else None
+            make = partial(
+                source_precopy.PrecopyLane,
+                link=source,
+                ram=ram,
+                claims=claims,
+                stats=stats,
+                packer=packer,
             )
+            self.sources.append(Lane(lambda channel, make=make: make(channel).run()))  # type: ignore[misc]
             filler = PrecopyFiller(
-                destination, world.areas, world._arrivals(), world.stats[f"dp{n}"]
+                destination,
+                world.areas,
+                world._arrivals(),
+                world.stats[f"dp{n}"],
+                unpack=make_unpack(directory() if packed else ""),
             )
             self.destinations.append(
                 Lane(
@@ -93,18 +105,24 @@ class Lanes:
             assert lane.parent.receive() == ({"event": "drained"}, [])
 
 
+def _text(chooser: random.Random) -> bytes:
+    """A page that shrinks."""
+    return (chooser.randbytes(16).hex().encode() * PAGE)[:PAGE]
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("nr", [1, 2])
-def test_what_was_sent_last_is_what_is_there(world: World, nr: int) -> None:
+def test_what_was_sent_last_is_what_is_there(world: World, nr: int, packed: bool) -> None:
     chooser = random.Random(1)
     world.fill(0, range(0, 300, 2))
     world.fill(1, range(100))
-    lanes = Lanes(world, nr)
+    lanes = Lanes(world, nr, packed=packed)
     lanes.round(list(range(400)))
     for _ in range(5):
         pages = sorted(chooser.sample(range(400), 60))
         for slot in pages:
             area, page = (0, slot) if slot < 300 else (1, slot - 300)
-            new = bytes(PAGE) if chooser.random() < 0.3 else chooser.randbytes(PAGE)
+            new = chooser.choice((bytes(PAGE), chooser.randbytes(PAGE), _text(chooser)))
             world.write(area, page, new)
         lanes.round(pages)
     lanes.round([])
@@ -114,6 +132,9 @@ def test_what_was_sent_last_is_what_is_there(world: World, nr: int) -> None:
         assert os.pread(fake.shmem_fd, fake.npages * PAGE, 0) == path.read_bytes()
     sent = world.total("sp")
     assert sent.pages + sent.zero_pages == 400 + 5 * 60
+    received = world.total("dp")
+    assert (sent.bytes_before > 0) == packed
+    assert (sent.bytes_before, sent.bytes_after) == (received.bytes_before, received.bytes_after)
 
 
 @pytest.mark.parametrize("way", ["urgent", "background"])
@@ -166,6 +187,8 @@ def test_a_hole_is_not_read_into_being(world: World) -> None:
         (wire.pack_ranges(1, [(99, 2)]), "area vm.ram1 has 100 pages"),
         (wire.pack_scattered(1, [(0, 1), (99, 2)], PAGE_SIZE), "area vm.ram1 has 100 pages"),
         (wire.pack(Kind.SCATTERED, 16 + PAGE_SIZE, 0, 2) + bytes(32), "SCATTERED of 0 page"),
+        (wire.pack_packed(0, 299, 2, 9) + b"x" * 9, "from page 299 on"),
+        (wire.pack_packed(0, 7, 1, 9) + b"x" * 9, "page 7 on, area vm.ram0: not zstd data"),
         (wire.pack(Kind.BYE), "does not belong"),
         (b"x" * 64, "not umem's protocol"),
         (b"", "closed a pre-copy lane before its end"),
@@ -174,7 +197,9 @@ def test_a_hole_is_not_read_into_being(world: World) -> None:
 def test_garbage(world: World, data: bytes, what: str) -> None:
     mine, other = tcp_pair()
     link = world._link("dp0", other)
-    filler = PrecopyFiller(link, world.areas, world._arrivals(), world.stats["dp0"])
+    filler = PrecopyFiller(
+        link, world.areas, world._arrivals(), world.stats["dp0"], unpack=make_unpack(directory())
+    )
     lane = Lane(lambda _: destination_precopy.serve(link, filler))
     world.lanes.append(lane)
     with mine:
