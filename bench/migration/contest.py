@@ -48,13 +48,16 @@ NOT_OVER = "not over in the time it had"
 def spec_of(setting: Setting, more: tuple[str, ...] = ()) -> GuestSpec:
     """Return the guest of a setting."""
     # QEMU 10 cannot load the nested state of an emulated AMD processor; the guest needs none.
-    cpu = "host,-svm" + ("" if setting.async_pf else ",-kvm-asyncpf,-kvm-asyncpf-int")
+    cpu = "host,-svm" if setting.accel == "kvm" else "max"
+    if not setting.async_pf:
+        cpu += ",-kvm-asyncpf,-kvm-asyncpf-int"
     return GuestSpec(
         workload=setting.workload,
         writers=setting.vcpus,
         mb=setting.working_set_mib,
         memory=f"{setting.memory_mib}M",
         vcpus=setting.vcpus,
+        accel=setting.accel,
         extra=("-cpu", cpu, *more),
     )
 
@@ -141,7 +144,7 @@ class Contest:
         )
         if contender.umem is None:
             source, before = self._plain(world, self.source, one)
-            before.wait("ready", timeout=_GUEST_S)
+            before.wait("ready", timeout=max(_GUEST_S, one.boot_timeout))
             incoming = ("-incoming", "defer")
             destination, after = self._plain(world, self.destination, other, incoming)
         else:

@@ -85,6 +85,8 @@ SETTINGS: Final = (
     _on(_OPEN, Setting("read-unshaped", "read")),
     _on(_SLOW, Setting("random-100mbit", "random", working_set_mib=64)),
     _on(_SLOW, Setting("read-100mbit", "read", working_set_mib=64)),
+    _on(_SLOW, Setting("random-tcg", "random", working_set_mib=64, accel="tcg")),
+    _on(_SLOW, Setting("read-tcg", "read", working_set_mib=64, accel="tcg")),
 )
 
 QUICK_SETTINGS: Final = ("random", "read")

@@ -29,6 +29,8 @@ class Setting:
     working_set_mib: int = 128
     async_pf: bool = True
     """KVM's asynchronous page faults."""
+    accel: str = "kvm"
+    """What runs the guest: kvm or tcg.  In an emulated machine KVM runs on emulated SVM."""
     rate: str | None = "1gbit"
     """Of the link, as tc takes it; None: not shaped."""
     delay: str | None = "0.2ms"
