@@ -127,6 +127,15 @@ class Area:
             os.close(control)
         return cls._named(created)
 
+    @staticmethod
+    def look(area_id: int) -> AreaInfo:
+        """Return what the driver knows of an area that need not be served.  Raises DriverError."""
+        control = uapi.open_control()
+        try:
+            return uapi.area_info(control, area_id)
+        finally:
+            os.close(control)
+
     @classmethod
     def from_fds(cls, server_fd: int, shmem_fd: int) -> Self:
         """Make an Area of descriptors that another process created and handed over; they are owned

@@ -191,6 +191,8 @@ class Migration(Serving):
         qemu.identify({b.id: fd for b, fd in zip(self._ram, self._ram_fds, strict=True)})
         if self._plan.precopy:
             self._take_areas(self._plan.precopy)
+        else:
+            self._find_pages()
         self._make_claims()
 
     async def _set_up(self, lanes: Lanes) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from pyumem.source_lanes import Lanes, Session
 from pyumem.stats import Totals
 from pyumem.tls import Security
 from pyumem.wire import Kind
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class SourceBase:
         self._ram_fds: list[int] = []
         self._claims: ClaimMap | None = None
         self._release: Release | None = None
+        self._page_fds: list[int] = []
         self._areas: list[Area] = []
         """The RAM blocks as the driver has them, when there is pre-copy."""
         self._precopy: Precopy | None = None
@@ -180,33 +184,55 @@ class SourceBase:
         self.report.page_size_bytes = PAGE_SIZE
         self.report.pages_total = self.report.ram_bytes // PAGE_SIZE
 
+    def _find_pages(self) -> None:
+        """Know where the RAM is read: of an area in its backing file, which has holes that its node
+        does not show, if this process may be its server.
+        """
+        for block, fd in zip(self._ram, self._ram_fds, strict=True):
+            if area_number(fd) is not None:
+                try:
+                    self._take_area(block, fd)
+                except (CheckError, DriverError) as e:
+                    log.info("%s: it is read as QEMU sees it", e)
+                else:
+                    self._page_fds.append(self._areas[-1].shmem_fd)
+                    continue
+            self._page_fds.append(fd)
+
     def _take_areas(self, limits: Limits) -> None:
         """Be the server of the RAM's areas: who has them read the log of writes.
 
-        Raises CheckError that names the fix.
+        Raises CheckError that names the fix, DriverError.
         """
         for block, fd in zip(self._ram, self._ram_fds, strict=True):
-            number = area_number(fd)
-            if number is None:
+            if area_number(fd) is None:
                 raise CheckError(
                     f"RAM block {block.id}: {block.path} is no area of the driver, and only that "
                     "knows what the guest writes: load the driver here and start the VM with "
                     "umem-qemu anew, or use `umemctl migrate -p`"
                 )
-            try:
-                self._areas.append(Area.reattach(number))
-            except DriverError as e:
-                why = "it is being received still" if e.errno == errno.EBUSY else str(e)
-                raise CheckError(f"RAM block {block.id}: {block.path}: {why}") from e
-            if not self._areas[-1].info().complete:
-                # Who receives it is gone for the moment, and to read it here is not to wait for it.
-                raise CheckError(
-                    f"RAM block {block.id}: {block.path} lacks pages still that another host has: "
-                    "have `umemctl serve` here receive them first"
-                )
+            self._take_area(block, fd)
             if self._areas[-1].granule_size != PAGE_SIZE:
                 raise CheckError(f"RAM block {block.id}: pre-copy needs granules of one page")
+            self._page_fds.append(self._areas[-1].shmem_fd)
         self._precopy = Precopy(self._areas, limits, self._tell, self.vm)
+
+    def _take_area(self, block: RamBlock, fd: int) -> None:
+        """Be the server of a RAM block's area.  Raises CheckError, DriverError."""
+        number = area_number(fd)
+        assert number is not None
+        where = f"RAM block {block.id}: {block.path}"
+        if not Area.look(number).complete:
+            # Perhaps who receives it is gone for the moment: it will want to be its server again.
+            raise CheckError(
+                f"{where} lacks pages still that another host has: have `umemctl serve` here "
+                "receive them first"
+            )
+        try:
+            self._areas.append(Area.reattach(number))
+        except DriverError as e:
+            why = "it has a server" if e.errno == errno.EBUSY else str(e)
+            raise CheckError(f"{where}: {why}") from e
 
     def _make_claims(self) -> None:
         """Make the map in which nothing is sent yet.
@@ -287,8 +313,7 @@ class SourceBase:
             prefetch=self._plan.prefetch,
             compress=self._plan.compress,
             ram=self._ram,
-            # The backing files have holes, which an area's node does not show.
-            ram_fds=[area.shmem_fd for area in self._areas] or self._ram_fds,
+            ram_fds=self._page_fds,
             claims=self._claims,
             release=self._release,
             rounds=self._precopy.claims if self._precopy and not self.state.committed else None,

@@ -580,21 +580,37 @@ def list_areas(fd: int, *, room: int = 64) -> list[AreaInfo]:
     """List the areas that are alive, by id; `room` is how many are asked for at a time."""
     found: list[AreaInfo] = []
     first_id = 0
-    # Whole words, so that array.buffer_info() tells the address without ctypes.
-    infos = array.array("Q", bytes(INFO.size * room))
     while True:
-        arg = LIST.pack(infos=infos.buffer_info()[0], nr=room, first_id=first_id)
-        try:
-            _call(fd, UMEM_DEV_LIST, arg)
-        except OSError as e:
-            raise DriverError(f"UMEM_DEV_LIST from id {first_id}", e.errno or errno.EIO) from e
-        got = LIST.ints(arg)
-        raw = memoryview(infos).cast("B")
-        for n in range(got["nr"]):
-            found.append(_area_info(bytearray(raw[n * INFO.size : (n + 1) * INFO.size])))
-        if got["total"] <= got["nr"] or not got["nr"]:
+        some, total = _list_from(fd, first_id, room)
+        found += some
+        if total <= len(some) or not some:
             return found
         first_id = found[-1].id + 1
+
+
+def area_info(fd: int, area_id: int) -> AreaInfo:
+    """Return what the driver knows of an area.  Raises DriverError, ENODEV when there is none."""
+    found, _ = _list_from(fd, area_id, 1)
+    if not found or found[0].id != area_id:
+        raise DriverError("UMEM_DEV_LIST", errno.ENODEV, area=f"umem{area_id}")
+    return found[0]
+
+
+def _list_from(fd: int, first_id: int, room: int) -> tuple[list[AreaInfo], int]:
+    """Return up to `room` areas from an id on, and how many there are from it on."""
+    # Whole words, so that array.buffer_info() tells the address without ctypes.
+    infos = array.array("Q", bytes(INFO.size * room))
+    arg = LIST.pack(infos=infos.buffer_info()[0], nr=room, first_id=first_id)
+    try:
+        _call(fd, UMEM_DEV_LIST, arg)
+    except OSError as e:
+        raise DriverError(f"UMEM_DEV_LIST from id {first_id}", e.errno or errno.EIO) from e
+    got = LIST.ints(arg)
+    raw = memoryview(infos).cast("B")
+    found = [
+        _area_info(bytearray(raw[n * INFO.size : (n + 1) * INFO.size])) for n in range(got["nr"])
+    ]
+    return found, got["total"]
 
 
 class RequestBuffer:

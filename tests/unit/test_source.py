@@ -18,7 +18,7 @@ from pyumem.address import Address
 from pyumem.area import Area
 from pyumem.claims import UNPACED, ClaimMap, Slots
 from pyumem.convergence import Limits
-from pyumem.errors import CheckError, LinkError, UmemError, of_system
+from pyumem.errors import CheckError, DriverError, LinkError, UmemError, of_system
 from pyumem.hello import Lane
 from pyumem.qemu import SOURCE_CAPABILITIES, Qemu, RamBlock
 from pyumem.ram import PAGE_SIZE
@@ -223,17 +223,37 @@ def test_another_lane_that_is_lost_breaks_the_migration(state: State) -> None:
 
 def test_pre_copy_of_memory_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A VM that arrived by post-copy, whose daemon is gone for the moment: it would lose pages."""
-    half = SimpleNamespace(
-        granule_size=PAGE_SIZE,
-        npages=10,
-        info=lambda: SimpleNamespace(complete=False),
-        close=lambda: None,
-    )
-    monkeypatch.setattr(source_base, "area_number", lambda _fd: 3)
-    monkeypatch.setattr(Area, "reattach", lambda _number: half)
-    plan = Plan(Path("/qmp"), Address("h", 1), Security())
-    migration = Migration(plan, lambda _text: None)
-    migration._ram = [RamBlock("ram0", "/path", 10 * PAGE_SIZE)]
-    migration._ram_fds = [-1]
-    with pytest.raises(CheckError, match="lacks pages still"):
+    migration = on_areas(monkeypatch, complete=(True, False))
+    with pytest.raises(CheckError, match="ram1: /path1 lacks pages still"):
         migration._take_areas(Limits())
+
+
+def test_holes_are_those_of_the_backing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Post-copy too reads it, unless somebody else is, or ought to be, the area's server."""
+    migration = on_areas(monkeypatch, complete=(True, False, True, True), busy=2, plain=3)
+    migration._find_pages()
+    assert migration._page_fds == [100, 11, 12, 13]
+    assert len(migration._areas) == 1
+
+
+def on_areas(
+    monkeypatch: pytest.MonkeyPatch, *, complete: tuple[bool, ...], busy: int = -1, plain: int = -1
+) -> Migration:
+    """Return a migration of RAM blocks, each an area.  busy: it has a server; plain: it is none."""
+
+    def reattach(number: int) -> object:
+        assert complete[number], "its server may come back"
+        if number == busy:
+            raise DriverError("reattach", errno.EBUSY)
+        return SimpleNamespace(granule_size=PAGE_SIZE, npages=10, shmem_fd=100 + number)
+
+    monkeypatch.setattr(
+        source_base, "area_number", lambda fd: None if fd - 10 == plain else fd - 10
+    )
+    monkeypatch.setattr(Area, "reattach", reattach)
+    monkeypatch.setattr(Area, "look", lambda n: SimpleNamespace(complete=complete[n]))
+    migration = Migration(Plan(Path("/qmp"), Address("h", 1), Security()), lambda _text: None)
+    count = len(complete)
+    migration._ram = [RamBlock(f"ram{n}", f"/path{n}", 10 * PAGE_SIZE) for n in range(count)]
+    migration._ram_fds = [10 + n for n in range(count)]
+    return migration

@@ -262,3 +262,8 @@ def test_list_goes_on_where_the_room_ended(monkeypatch: pytest.MonkeyPatch) -> N
     assert found[0].has_node
     assert not found[0].complete
     assert found[0].nr_granules == 1
+    assert uapi.area_info(3, 9) == found[3]
+    with pytest.raises(DriverError, match=r"umem6.*No such device"):
+        uapi.area_info(3, 6)
+    with pytest.raises(DriverError, match="umem11"):
+        uapi.area_info(3, 11)
