@@ -16,7 +16,6 @@ fast as memory goes.
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +29,6 @@ from pyumem.errors import UmemError
 from pyumem.hello import Lane
 from pyumem.ram import PAGE_SIZE
 from pyumem.source_lanes import Lanes
-
-log = logging.getLogger(__name__)
 
 _SHORTEST_S: Final = 0.05
 _HOT_ROUNDS: Final = 3
@@ -66,7 +63,7 @@ class Rounds:
 
 
 class Precopy:
-    """The rounds of one migration.  The log is the areas', and ends with them or end_log()."""
+    """The rounds of one migration.  The log is the areas', and ends with their server."""
 
     def __init__(
         self, areas: Sequence[Area], limits: Limits, tell: Callable[[str], None], vm: str
@@ -222,14 +219,6 @@ class Precopy:
             bits = ~(stale >> self._slots.bases[index]) & ((1 << area.npages) - 1)
             found.append(bits.to_bytes(-(-area.npages // 8), "little"))
         return found
-
-    def end_log(self) -> None:
-        """Switch the log off.  It ends with the areas' descriptors anyhow."""
-        for area in self._areas:
-            try:
-                area.set_dirty_log(False)
-            except UmemError as e:
-                log.warning("%s", e)
 
     def report(self) -> dict[str, Any]:
         """Return what the report of the migration has of them."""

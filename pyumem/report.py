@@ -86,8 +86,9 @@ class Report:
     """From the source's STOP event until the destination said that the VM runs."""
     downtime_parts_ms: dict[str, float] = field(default_factory=dict)
     """What it was for, one after the other: drain (until QEMU says that its I/O is drained),
-    last_round (what of the rounds remains is sent, or told), device_state (until all of it is out),
-    load (until the destination has loaded it), commit (until the VM runs there).
+    last_round (what of the rounds remains is sent, or told, while QEMU saves its device state),
+    device_state (until all of that is out), load (until the destination has loaded it), commit
+    (until the VM runs there).
     """
     time_to_resident_s: float | None = None
     """From the STOP event until every page was at the destination."""

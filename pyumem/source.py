@@ -5,11 +5,11 @@
     setup   control lane, urgent lane, background lanes; a worker for each page lane; WELCOME on all
             of them
     device  QEMU's `migrate` into a socket of ours, relayed over the control lane.  QEMU stops in
-            pre-switchover with its I/O drained: from
-            then on RAM is still, and the urgent lane serves; only then the device state is written
+            pre-switchover with its I/O drained: from then on RAM is still.  It saves the device
+            state while the rounds, if there were any, come to their end; the destination gets it,
+            and may touch memory, when it knows what is stale and the urgent lane serves
     commit  PREPARED came; the record says so; COMMIT.  One instant: before it everything can be
-            undone, after it only the
-            destination may run the VM
+            undone, after it only the destination may run the VM
     serve   RUNNING came; our QEMU is ended for certain; pages flow until COMPLETE; BYE
 
 Any trouble before the commit ends with the VM running here again.  After it: see pyumem.serving.
@@ -38,6 +38,7 @@ from pyumem.errors import (
     UmemError,
     of_system,
 )
+from pyumem.greeting import AsyncLink
 from pyumem.hello import Lane, valid_name
 from pyumem.precopy import Precopy
 from pyumem.process import ProcessName
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 _ABORT_S: Final = 15.0
 _PIECE: Final = 32 * 1024
 """Bytes of device state in one frame: an ABORT waits for one."""
+_HELD: Final = 1024
+"""Pieces, at most 32 MiB, that wait until the destination may load them; with more QEMU waits."""
 _STILL_S: Final = 90.0
 """Seconds that the VM may stand still before the commit; then it goes on here."""
 _ANSWER_S: Final = 60.0
@@ -217,9 +220,10 @@ class Migration(Serving):
         self._record_departure(qemu)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        may_load = asyncio.Event()
         with theirs:
             self.state = State.DEVICE
-            relay = lanes.spawn(self._relay(lanes, ours, qemu), "relay device state")
+            relay = lanes.spawn(self._relay(lanes, ours, qemu, may_load), "relay device state")
             await qemu.migrate_into(theirs)
         # Stopped, with all I/O drained: RAM does not change any more, and pages may be read.
         await qemu.wait_migration("pre-switchover", "device", "completed")
@@ -230,11 +234,13 @@ class Migration(Serving):
         qemu.resumed = False
         try:
             async with asyncio.timeout(_STILL_S):
+                await qemu.execute("migrate-continue", state="pre-switchover")
                 if self._precopy:
+                    # QEMU saves its device state meanwhile.
                     await self._end_rounds(self._precopy, lanes)
                     self._part_ends("last_round")
                 lanes.go(Lane.URGENT)
-                await qemu.execute("migrate-continue", state="pre-switchover")
+                may_load.set()
                 await qemu.wait_migration("completed")
                 # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
                 await asyncio.shield(relay)
@@ -274,8 +280,6 @@ class Migration(Serving):
                 await lanes.link.send(wire.pack_bitmap(index, 8 * at, count, part, Kind.CLEAN))
         precopy.known.remaining_pages = stale.bit_count()
         self._count_anew(self._claims.claimed())
-        # Nobody writes any more, and the VM's end need not go through the driver.
-        await asyncio.to_thread(precopy.end_log)
 
     async def _prepare_qemu(self, qemu: Qemu, stack: contextlib.AsyncExitStack) -> None:
         """Set what this migration needs; put it back at the end if QEMU is still there."""
@@ -302,16 +306,25 @@ class Migration(Serving):
         )
         await qemu.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BANDWIDTH)
 
-    async def _relay(self, lanes: Lanes, stream: socket.socket, qemu: Qemu) -> None:
-        """Pass QEMU's stream on to the destination."""
+    async def _relay(
+        self, lanes: Lanes, stream: socket.socket, qemu: Qemu, may_load: asyncio.Event
+    ) -> None:
+        """Pass QEMU's stream on to the destination, which loads what it gets: it may touch memory.
+        What comes before it may is held.
+        """
         assert lanes.link is not None
         loop = asyncio.get_running_loop()
         buffer = memoryview(bytearray(_PIECE))
+        held: list[bytes] = []
         try:
             with stream:
                 while got := await loop.sock_recv_into(stream, buffer):
-                    await lanes.link.send(wire.pack(Kind.DEVICE, got), buffer[:got])
-                    self._device_bytes += got
+                    if not may_load.is_set() and len(held) < _HELD:
+                        held.append(bytes(buffer[:got]))
+                        continue
+                    await self._send_held(lanes.link, held, may_load)
+                    await self._send_device(lanes.link, buffer[:got])
+            await self._send_held(lanes.link, held, may_load)
             # A stream that ends early ends too: only QEMU's own word makes it whole.
             await qemu.wait_migration("completed")
             await lanes.link.send(wire.pack(Kind.DEVICE_END))
@@ -319,6 +332,16 @@ class Migration(Serving):
             lanes.break_off(e)
         except OSError as e:
             lanes.break_off(QemuError(f"QEMU's device state: {e.strerror}"))
+
+    async def _send_held(self, link: AsyncLink, held: list[bytes], may_load: asyncio.Event) -> None:
+        await may_load.wait()
+        for piece in held:
+            await self._send_device(link, piece)
+        held.clear()
+
+    async def _send_device(self, link: AsyncLink, piece: bytes | memoryview) -> None:
+        await link.send(wire.pack(Kind.DEVICE, len(piece)), piece)
+        self._device_bytes += len(piece)
 
     # --- the way back ---
 

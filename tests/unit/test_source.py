@@ -7,13 +7,15 @@ import asyncio
 import errno
 import os
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pyumem import source_base
+from pyumem import source, source_base, wire
 from pyumem.address import Address
 from pyumem.area import Area
 from pyumem.claims import UNPACED, ClaimMap, Slots
@@ -219,6 +221,50 @@ def test_another_lane_that_is_lost_breaks_the_migration(state: State) -> None:
         assert isinstance(scene.broken.exception(), LinkError)
 
     run(work, background=state.committed)
+
+
+@pytest.mark.parametrize("room", [1024, 2])
+def test_device_state_is_held_until_it_may_be_loaded(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken off QEMU meanwhile, as far as there is room."""
+    monkeypatch.setattr(source, "_HELD", room)
+    state = os.urandom(5 * 32768 + 100)
+    sent: list[bytes] = []
+
+    class Fake:
+        link: Any
+
+        async def send(self, *parts: bytes | memoryview) -> None:
+            sent.append(b"".join(map(bytes, parts)))
+
+        async def wait_migration(self, *_states: str) -> None:
+            pass
+
+        def break_off(self, error: UmemError) -> None:
+            raise AssertionError(error)
+
+    async def work() -> None:
+        migration = Migration(Plan(Path("/qmp"), Address("h", 1), Security()), lambda _text: None)
+        fake: Any = Fake()
+        fake.link = fake
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        may_load = asyncio.Event()
+        relay = asyncio.create_task(migration._relay(fake, ours, fake, may_load))
+        await asyncio.to_thread(theirs.sendall, state)
+        theirs.close()
+        await asyncio.sleep(0.05)
+        assert not sent and not relay.done()
+        may_load.set()
+        await relay
+        headers = [wire.unpack(frame[: wire.HEADER_SIZE]) for frame in sent]
+        assert b"".join(frame[wire.HEADER_SIZE :] for frame in sent) == state
+        assert {one.kind for one in headers[:-1]} == {wire.Kind.DEVICE}
+        assert headers[-1].kind is wire.Kind.DEVICE_END
+        assert migration._device_bytes == len(state)
+
+    asyncio.run(work())
 
 
 def test_pre_copy_of_memory_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
