@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from bench.migration.contest import contest
-from bench.migration.plan import BY_NAME, SETTINGS
+from bench.migration.plan import BY_NAME, SETTINGS, players
 from bench.migration.results import link_name
 
 
@@ -24,7 +24,7 @@ def _tell(what: str, told: object) -> None:
 
 @click.command()
 @click.option("--settings", required=True)
-@click.option("--contenders", required=True)
+@click.option("--contenders", default="")
 @click.option("--rounds", type=int, required=True)
 def main(settings: str, contenders: str, rounds: int) -> None:
     """Measure, round by round, every contender in turn."""
@@ -40,7 +40,7 @@ def main(settings: str, contenders: str, rounds: int) -> None:
             for setting, number in itertools.product(alike, range(rounds)):
                 limit = scene.limit()
                 print(json.dumps({"what": "limit", "link": link, **asdict(limit)}), flush=True)
-                for name in contenders.split(","):
+                for name in players(setting.name, contenders.split(",") if contenders else ()):
                     _tell("sample", scene.measure(setting, BY_NAME[name], number))
 
 

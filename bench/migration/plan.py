@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -88,6 +89,33 @@ SETTINGS: Final = (
     _on(_SLOW, Setting("random-tcg", "random", working_set_mib=64, accel="tcg")),
     _on(_SLOW, Setting("read-tcg", "read", working_set_mib=64, accel="tcg")),
 )
+
+_ALL: Final = tuple(one.name for one in CONTENDERS)
+_MAIN: Final = ("qemu-precopy", "qemu-postcopy", "umem-hybrid", "umem-postcopy")
+_POST: Final = ("qemu-postcopy", "umem-postcopy")
+_PLAYERS: Final = {
+    "random": _ALL,
+    "read": _ALL,
+    "idle": (*_MAIN, "umem-precopy"),
+    "sequential": (*_MAIN, "umem-prefetch"),
+    "redis": (*_MAIN, "qemu-autoconverge", "qemu-hybrid", "umem-precopy"),
+    "compute-2vcpu": (*_POST, "umem-n"),
+    "compute-2vcpu-no-apf": (*_POST, "umem-n"),
+    "random-no-apf": _POST,
+    "random-2vcpu": _POST,
+    "random-4vcpu": _POST,
+    "read-2g": _POST,
+    "random-unshaped": _POST,
+    "read-unshaped": _POST,
+}
+"""Who meets a setting, where that is not _MAIN: all of them in all settings would take a night."""
+
+
+def players(setting: str, chosen: Sequence[str] = ()) -> list[str]:
+    """Return the contenders of a setting, in order: those chosen, or those that say most there."""
+    wanted = chosen or _PLAYERS.get(setting, _MAIN)
+    return [one.name for one in CONTENDERS if one.name in wanted]
+
 
 QUICK_SETTINGS: Final = ("random", "read")
 QUICK_CONTENDERS: Final = ("qemu-precopy", "qemu-postcopy", "umem-hybrid", "umem-postcopy")

@@ -107,9 +107,9 @@ def _short(ratio: float) -> str:
 
 
 def rows_of(results: Results, setting: Setting) -> list[Row]:
-    """Return the setting's table, with those who have nothing to show."""
+    """Return the setting's table: who met it, also with nothing to show."""
     found = []
-    for name in results.contenders:
+    for name in results.players(setting.name):
         ran = sum((one.setting, one.contender) == (setting.name, name) for one in results.samples)
         ended = len(results.of(setting.name, name))
         rounds = str(ended) if ended == ran else f"{ended} of {ran}"

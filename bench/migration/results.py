@@ -127,6 +127,12 @@ class Results:
     limits: dict[str, Limit] = field(default_factory=dict)
     """By link: `1gbit 0.2ms`, `none none`."""
     samples: list[Sample] = field(default_factory=list)
+    plan: dict[str, list[str]] = field(default_factory=dict)
+    """By setting: who was to meet it, where that is not all of them."""
+
+    def players(self, setting: str) -> list[str]:
+        """Return the contenders that were to meet a setting, whatever came of it."""
+        return self.plan.get(setting, self.contenders)
 
     def of(self, setting: str, contender: str) -> list[Sample]:
         """Return the rounds of one contender that came to their end."""
@@ -197,6 +203,7 @@ class Results:
             list(told["contenders"]),
             {name: Limit(**one) for name, one in told["limits"].items()},
             samples,
+            {setting: list(names) for setting, names in told.get("plan", {}).items()},
         )
 
 
@@ -266,6 +273,8 @@ def _goals(results: Results) -> list[Wanted]:
 
     for setting in results.settings:
         name = setting.name
+        if OURS not in results.players(name):
+            continue
         for what, value, limit in _TO_PEER if PEER in results.contenders else ():
             if value == "work_lost_s" and setting.workload == "idle":
                 continue

@@ -50,9 +50,10 @@ def median_limits(lines: list[dict[str, Any]]) -> dict[str, Limit]:
     }
 
 
-def measure(results: Results, argv: list[str], rounds: int, console: Console) -> int:
-    """Run the plan in a machine; returns its exit status.  What came before a failure is kept."""
-    expected = len(results.settings) * len(results.contenders) * rounds
+def measure(results: Results, argv: list[str], expected: int, console: Console) -> int:
+    """Run the plan in a machine, so many migrations; returns its exit status.  What came before a
+    failure is kept.
+    """
     limits: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -92,7 +93,7 @@ def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
 @click.option("--cpus", default=2, show_default=True, help="Processors of the machine.")
 @click.option("--quick", is_flag=True, help="The settings and contenders that say most.")
 @click.option("--settings", help="Names with commas between; default: all.")
-@click.option("--contenders", help="The same.")
+@click.option("--contenders", help="The same.  Default: in each setting those that say most.")
 @click.option("--rounds", type=int, help=f"Of each contender.  Default: {plan.ROUNDS}.")
 @click.option("--name", default="migration", show_default=True, help="Of the results.")
 def main(
@@ -112,15 +113,18 @@ def main(
     """
     console = Console(width=None if sys.stdout.isatty() else 140)
     all_settings = tuple(one.name for one in plan.SETTINGS)
-    all_contenders = tuple(one.name for one in plan.CONTENDERS)
     if quick:
         settings = settings or ",".join(plan.QUICK_SETTINGS)
         contenders = contenders or ",".join(plan.QUICK_CONTENDERS)
     rounds = rounds or (plan.QUICK_ROUNDS if quick else plan.ROUNDS)
-    chosen, players = _names(settings, all_settings), _names(contenders, all_contenders)
+    chosen = _names(settings, all_settings)
+    picked = _names(contenders, tuple(plan.BY_NAME)) if contenders else []
+    by_setting = [plan.players(name, picked) for name in chosen]
+    met = {name for names in by_setting for name in names}
+    expected = rounds * sum(len(names) for names in by_setting)
     inside = ["python", "-m", "bench.migration.inside", "--rounds", str(rounds)]
-    inside += ["--settings", ",".join(chosen), "--contenders", ",".join(players)]
-    limit_s = _BOOT_S + _SAMPLE_S * len(chosen) * len(players) * rounds
+    inside += ["--settings", ",".join(chosen), "--contenders", ",".join(picked)]
+    limit_s = _BOOT_S + _SAMPLE_S * expected
     argv = [sys.executable, "-m", "tests.vm", "run", "--kernel", kernel, "--mem", mem]
     argv += ["--cpus", str(cpus), "--name", f"bench-{name}", "--timeout", str(limit_s)]
     argv += ["--env", f"PYTHONPATH={harness.ROOT}", "--", *inside]
@@ -129,10 +133,11 @@ def main(
         command=shlex.join(again),
         environment=environment(kernel, cpus, mem, rounds),
         settings=[one for one in plan.SETTINGS if one.name in chosen],
-        contenders=players,
+        contenders=[name for name in plan.BY_NAME if name in met],
+        plan=dict(zip(chosen, by_setting, strict=True)),
     )
     began = time.monotonic()
-    status = measure(results, argv, rounds, console)
+    status = measure(results, argv, expected, console)
     results.environment["seconds"] = round(time.monotonic() - began)
     OUT.mkdir(parents=True, exist_ok=True)
     path: Path = OUT / f"{name}.json"

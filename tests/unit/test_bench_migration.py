@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench.migration import report
+from bench.migration import plan, report
 from bench.migration.contest import at
 from bench.migration.plan import CONTENDERS
 from bench.migration.plots import PLOTS, colours
@@ -288,3 +288,19 @@ def test_what_children_use_is_their_parents() -> None:
             parent.kill()
         # Each counts in ticks of 10 ms.
         assert 0.9 <= found.cpu_s < 1.8 and found.peak_mib > 1
+
+
+def test_who_meets_a_setting() -> None:
+    assert plan.players("random") == list(plan.BY_NAME)
+    assert plan.players("random-no-apf") == ["qemu-postcopy", "umem-postcopy"]
+    assert plan.players("random-no-apf", ["umem-n", "qemu-precopy"]) == ["qemu-precopy", "umem-n"]
+    assert set(plan._PLAYERS) <= {one.name for one in plan.SETTINGS}
+    assert {name for names in plan._PLAYERS.values() for name in names} <= set(plan.BY_NAME)
+
+
+def test_who_was_not_to_meet_a_setting_is_not_shown(results: Results) -> None:
+    results.plan = {one.name: ["qemu-postcopy"] for one in results.settings}
+    assert [row.contender for row in report.rows_of(results, results.settings[0])] == [
+        "qemu-postcopy"
+    ]
+    assert not wanted(results) and not unmeasured(results)

@@ -65,7 +65,7 @@ def _ratio_panel(
 
 def ratios(results: Results, setting: Setting, path: Path) -> Path | None:
     """Draw medians of ratios to QEMU's post-copy, a panel for each figure, a dot for each round."""
-    names = [name for name in results.contenders if name != PEER]
+    names = [name for name in results.players(setting.name) if name != PEER]
     by_figure = {
         what: [one for name in names for one in results.ratios(setting.name, name, what, PEER)]
         for what, _ in RATIOS
@@ -89,7 +89,7 @@ def ratios(results: Results, setting: Setting, path: Path) -> Path | None:
 
 def absolutes(results: Results, setting: Setting, path: Path) -> Path | None:
     """Draw medians of downtime, silence and total time, a dot for each round."""
-    names, colour = results.contenders, colours(results.contenders)
+    names, colour = results.players(setting.name), colours(results.contenders)
     if not any(results.of(setting.name, name) for name in names):
         return None
     figure = Figure(figsize=(WIDTH_IN, height(len(names))), layout="constrained")

@@ -40,8 +40,8 @@ def _mean(samples: Sequence[Sample], process: str, what: str) -> float:
 def _stack(
     axes: Axes, results: Results, setting: Setting, processes: dict[str, str], what: str
 ) -> None:
-    name_rows(axes, results.contenders)
-    for row, name in enumerate(results.contenders):
+    name_rows(axes, results.players(setting.name))
+    for row, name in enumerate(results.players(setting.name)):
         samples, left = results.of(setting.name, name), 0.0
         if not samples:
             beside(axes, row, fate(results, setting, name))
@@ -56,7 +56,7 @@ def _stack(
 
 def costs(results: Results, setting: Setting, path: Path) -> Path | None:
     """Draw processor time and the daemons' memory, stacked by process, for each contender."""
-    names = results.contenders
+    names = results.players(setting.name)
     seen = {
         p.name for name in names for one in results.of(setting.name, name) for p in one.processes
     }

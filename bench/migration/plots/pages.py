@@ -47,7 +47,9 @@ def _shares(samples: Sequence[Sample]) -> list[tuple[float, float]]:
 def latencies(results: Results, setting: Setting, path: Path) -> Path | None:
     """Draw what share of the requests was answered within a time, all rounds together."""
     colour = colours(results.contenders)
-    found = {name: _shares(results.of(setting.name, name)) for name in results.contenders}
+    found = {
+        name: _shares(results.of(setting.name, name)) for name in results.players(setting.name)
+    }
     found = {name: points for name, points in found.items() if points}
     if not found:
         return None
@@ -85,7 +87,8 @@ def streams(results: Results, setting: Setting, path: Path) -> Path | None:
     """Draw the background's speed beside that of a raw TCP stream over the same link."""
     colour = colours(results.contenders)
     found = {
-        name: results.values(setting.name, name, "background_mib_s") for name in results.contenders
+        name: results.values(setting.name, name, "background_mib_s")
+        for name in results.players(setting.name)
     }
     found = {name: values for name, values in found.items() if values}
     if not found:

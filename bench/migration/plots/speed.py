@@ -82,7 +82,7 @@ def _shorter(text: str, most: int) -> str:
 def timelines(results: Results, setting: Setting, path: Path) -> Path | None:
     """Draw the guest's speed against its undisturbed one, a row for each contender."""
     colour = colours(results.contenders)
-    found: dict[str, list[Sample]] = {name: [] for name in results.contenders}
+    found: dict[str, list[Sample]] = {name: [] for name in results.players(setting.name)}
     for one in results.samples:
         if one.setting == setting.name and one.baseline_per_s and one.timeline:
             found.setdefault(one.contender, []).append(one)
@@ -106,7 +106,7 @@ def timelines(results: Results, setting: Setting, path: Path) -> Path | None:
         axes.set_title(name, fontsize=9, loc="left", pad=3, fontweight="bold")
         note = _shorter(_told(chosen, last_s), 80)
         axes.set_title(note, fontsize=SMALL, loc="right", pad=3, parse_math=False)
-    without = [name for name in results.contenders if name not in dict(rows)]
+    without = [name for name in results.players(setting.name) if name not in dict(rows)]
     told = [f"{name} ({fate(results, setting, name)})" for name in without]
     note = f"\nnone of: {', '.join(told)}" if told else ""
     all_axes[-1].set_xlabel(f"seconds since the command{note}", fontsize=9, parse_math=False)
