@@ -57,7 +57,6 @@ _POLL_S: Final = 0.02
 _BYE_S: Final = 10.0
 _MEMORY_LOOK_S: Final = 1.0
 """Seconds between two looks whether the lanes wait for memory: longer than one wait of theirs."""
-_INMIGRATE_S: Final = 10.0
 _ROUNDS_S: Final = 60.0
 
 
@@ -593,16 +592,12 @@ class Migration:
         """Wait until QEMU has loaded everything and stands still; tell the source."""
         qemu = self._target.qemu
         try:
+            # QEMU says so after every change of its state (process_incoming_migration_bh()).
             await qemu.wait_migration("completed")
-            async with asyncio.timeout(_INMIGRATE_S):
-                while await qemu.status() == "inmigrate":
-                    await asyncio.sleep(_POLL_S / 4)
             self._not_running()
             self._target.on_phase(Phase.PREPARED)
             self.prepared = True
             await self._link.send_json(Kind.PREPARED, {"device_state_bytes": self._device_bytes})
-        except TimeoutError:
-            self._break(QemuError("QEMU loaded its device state and stays in state inmigrate"))
         except UmemError as e:
             self._break(e)
 

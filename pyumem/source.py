@@ -221,6 +221,7 @@ class Migration(Serving):
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         may_load = asyncio.Event()
+        may_load.set()  # what comes before the stop is but the stream's head
         with theirs:
             self.state = State.DEVICE
             relay = lanes.spawn(self._relay(lanes, ours, qemu, may_load), "relay device state")
@@ -234,13 +235,17 @@ class Migration(Serving):
         qemu.resumed = False
         try:
             async with asyncio.timeout(_STILL_S):
+                if self._precopy:
+                    may_load.clear()
+                else:
+                    lanes.go(Lane.URGENT)
                 await qemu.execute("migrate-continue", state="pre-switchover")
                 if self._precopy:
                     # QEMU saves its device state meanwhile.
                     await self._end_rounds(self._precopy, lanes)
                     self._part_ends("last_round")
-                lanes.go(Lane.URGENT)
-                may_load.set()
+                    lanes.go(Lane.URGENT)
+                    may_load.set()
                 await qemu.wait_migration("completed")
                 # Shielded: Ctrl-C must not cut a frame in two, the ABORT comes behind it.
                 await asyncio.shield(relay)
