@@ -36,6 +36,7 @@ from pyumem.lanes import (
     serve_pages,
     source_background,
     source_urgent,
+    window,
 )
 from pyumem.lanes.fill import Arrivals
 from pyumem.report import totals_of
@@ -45,6 +46,7 @@ from tests.vm.hosts import Host, Link, two_hosts
 
 PAGE = mmap.PAGESIZE
 _CLONE_NEWNET = 0x40000000
+_BOUNDS = (window.LEAST, window.FIRST, window.MOST)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,8 +57,8 @@ class Case:
     text: str
     run: int = serve_pages.RUN_PAGES
     """Pages."""
-    sndbuf: int = link.BACKGROUND_SNDBUF // 1024
-    """KiB."""
+    window: int = 0
+    """KiB; 0: what it finds to be right."""
     lowat: int = link.BACKGROUND_LOWAT // 1024
     """KiB."""
     lanes: int = 1
@@ -64,7 +66,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """Read `run=16,sndbuf=64`."""
+        """Read `run=16,window=64`."""
         words: dict[str, Any] = dict(word.split("=") for word in text.split(","))
         numbers = {name: int(value) for name, value in words.items() if name != "compress"}
         return cls(text, **{**words, **numbers})
@@ -128,6 +130,12 @@ class Children:
         for channel in self.channels:
             channel.send({"command": "go"})
 
+    def check(self) -> None:
+        """Raise ClickException when one has ended by itself: it is to wait for its end."""
+        for pid in self.pids:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                raise click.ClickException("a lane has ended before its time")
+
     def end(self) -> None:
         """End all."""
         for channel in self.channels:
@@ -153,7 +161,9 @@ def measure(
     """Move the memory once."""
     for module in (serve_pages, source_background):
         vars(module)["RUN_PAGES"] = case.run
-    vars(link).update(BACKGROUND_SNDBUF=case.sndbuf * 1024, BACKGROUND_LOWAT=case.lowat * 1024)
+    vars(link)["BACKGROUND_LOWAT"] = case.lowat * 1024
+    bounds = (case.window * 1024,) * 3 if case.window else _BOUNDS
+    vars(window).update(zip(("LEAST", "FIRST", "MOST"), bounds, strict=True))
     with ExitStack() as stack:
         area = Area.create(f"bench.{seed}", size)
         stack.callback(area.close)
@@ -178,6 +188,7 @@ def measure(
                 "touch": False,
                 "resumed": False,
                 "untouched": True,
+                "qemu_pid": os.getpid(),
                 "areas": [{"id": "ram0", "size_bytes": size}],
                 "prefetch": {"forward": 0, "backward": 0},
                 "compression": directory() if compress else "",
@@ -210,6 +221,7 @@ def measure(
                 os._exit(0)
         try:
             while not area.info().complete:
+                children.check()
                 select.select([], [], [], 0.01)
             seconds = time.monotonic() - began
         finally:
@@ -246,7 +258,9 @@ def content(kind: str, size: int) -> bytes:
 @click.option("--rounds", default=5)
 @click.option("--touch-ms", default=10.0, help="Milliseconds between two touches.")
 @click.option("--content", "kind", type=click.Choice(["random", "programs"]), default="random")
-@click.option("--case", "cases", multiple=True, required=True, help="run=,sndbuf=,lanes=,compress=")
+@click.option(
+    "--case", "cases", multiple=True, required=True, help="run=,window=,lowat=,lanes=,compress="
+)
 def main(
     rate: str, delay: str, mib: int, rounds: int, touch_ms: float, kind: str, cases: tuple[str, ...]
 ) -> None:

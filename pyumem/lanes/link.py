@@ -21,10 +21,6 @@ DEAD_PEER_S: Final = 300
 network that comes back after a minute, or a peer that swaps, has lost nothing; after it the
 heartbeat of the control lane is the judge (pyumem.heartbeat).
 """
-BACKGROUND_SNDBUF: Final = 256 * 1024
-"""Send buffer of a background lane in bytes: what an urgent page may find ahead of it in the
-network.
-"""
 BACKGROUND_LOWAT: Final = 64 * 1024
 """Unsent bytes of a background lane above which its sender sleeps."""
 _URGENT_PRIORITY: Final = 6
@@ -53,8 +49,6 @@ def tune(
             sock.setsockopt(tcp, socket.TCP_NOTSENT_LOWAT, BACKGROUND_LOWAT)
     if urgent:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _URGENT_PRIORITY)
-    if background:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BACKGROUND_SNDBUF)
     if control:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONTROL_SNDBUF)
 

@@ -18,7 +18,8 @@ from pyumem.errors import LinkError
 from pyumem.lanes.link import Link, make_link
 from pyumem.lanes.pacing import Pacer
 from pyumem.lanes.serve_pages import RUN_PAGES, Sender, make_packer
-from pyumem.ram import RamFile
+from pyumem.lanes.window import Window
+from pyumem.ram import PAGE_SIZE, RamFile
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, run
 
@@ -31,6 +32,7 @@ _HOLE_RANGES: Final = 256
 """Ranges that are gathered before they are sent: whoever waits for a page in them waits for that.
 """
 _LOOK_MS: Final = 20
+_ROOM_MS: Final = 1
 
 
 class BackgroundLane:
@@ -55,6 +57,7 @@ class BackgroundLane:
         self._pacer = Pacer(
             claims, self._stopped, packer.decision.restart if packer else lambda: None
         )
+        self._window = Window(link.sock, link.untaken)
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(link.fileno(), select.POLLIN)
@@ -124,6 +127,9 @@ class BackgroundLane:
     def _send_runs(self) -> bool:
         slots = self._claims.slots
         while longest := self._pacer.next_run(RUN_PAGES):
+            longest = min(longest, max(1, self._window.longest_run // PAGE_SIZE))
+            if not self._wait_for_room(longest * PAGE_SIZE):
+                return False
             if not (runs := self._claims.claim_runs(longest, wire.MAX_SCATTERED_RANGES)):
                 return True
             self._pacer.begins()
@@ -134,6 +140,15 @@ class BackgroundLane:
             if self._stopped():
                 return False
         return False
+
+    def _wait_for_room(self, nr_bytes: int) -> bool:
+        """Wait until the window lets so many bytes go.  False when the parent wants an end."""
+        self._window.look()
+        while not self._window.room(nr_bytes):
+            if self._stopped(_ROOM_MS):
+                return False
+            self._window.look()
+        return True
 
     def _idle(self) -> None:
         while not self._stopped(None):

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How much a background lane has on its way: enough to keep the link busy, and little that a
+requested page finds ahead of it there.
+
+A requested page has a connection of its own, and the same link: it waits for what the background
+has put into the queue in front of the narrowest place.  How long that is, TCP measures: by how much
+a round trip takes longer than the shortest did.  The window is set so that this is some
+milliseconds, on a slow link as on a fast one, near or far:
+
+    window = window * (shortest + wanted queue) / round trip
+
+Where the queue is our own the round trip is window / rate, and that is right at once; where there
+is none the window grows.  The principle is that of LEDBAT (RFC 6817), and so is to take the
+shortest of some round trips for what the queue is: a processor that is busy now and then makes some
+of them longer, a queue all of them.
+
+Where the queue is somebody else's a smaller window makes it no shorter, and us slower: then the
+window goes back to what it was, for a while.
+
+It is kept by looking at what the peer has not acknowledged, before the next run is claimed.  The
+send buffer does not keep it: with SO_SNDBUF of 64 KiB Linux 6.1 has 800 KiB on their way, once the
+congestion window is so large.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+FIRST: Final = 256 * 1024
+LEAST: Final = 64 * 1024
+MOST: Final = 4 * 1024 * 1024
+"""Bytes."""
+_QUEUE_S: Final = 0.003
+_QUEUE_SHARE: Final = 1 / 8
+"""What a requested page may find ahead of it: so long, or so much of the shortest round trip."""
+_SAMPLE_S: Final = 0.01
+_PERIOD_S: Final = 0.2
+_PERIOD_RTTS: Final = 4
+"""A period is so long, or so many of the shortest round trips if that is longer."""
+_MOST_CHANGE: Final = 2.0
+_LEAST_CHANGE: Final = 1.05
+_GROWTH: Final = 0.5
+_LEAST_BURST: Final = 32 * 1024
+_FREE: Final = 0.8
+"""Share of the speed that has to be left when the window got smaller."""
+_HOLD_S: Final = 5.0
+"""For how long it stays as it is when that was not so."""
+_INFO: Final = struct.Struct("=68xI48xQ20xI")
+"""struct tcp_info (linux/tcp.h): tcpi_rtt, in microseconds, tcpi_bytes_acked and tcpi_min_rtt."""
+
+
+class Window:
+    """Of one connection, which was tune()d for the background."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        untaken: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Watch a socket that stays the caller's; one that is not TCP's has no window.  untaken()
+        tells how many bytes the peer has not acknowledged.
+        """
+        self._sock = sock
+        self._untaken = untaken
+        self._clock = clock
+        self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+        self.size = FIRST
+        """Bytes."""
+        self._next = 0.0
+        self._period: _Period | None = None
+        self._before = (0, 0.0)
+        """Size and speed before it got smaller; size 0 if it did not."""
+        self._hold_until = 0.0
+        self._burst = FIRST
+
+    @property
+    def longest_run(self) -> int:
+        """Return how many bytes should go at a time: a burst is a queue, too, for as long as the
+        link takes for it.
+        """
+        return min(self.size // 4, self._burst)
+
+    def room(self, nr_bytes: int) -> bool:
+        """Tell whether so many bytes may go now."""
+        return not self._tcp or (on_way := self._untaken()) + nr_bytes <= self.size or not on_way
+
+    def look(self) -> None:
+        """Take a sample, if it is time for one, and judge at the end of a period."""
+        now = self._clock()
+        if not self._tcp or now < self._next:
+            return
+        self._next = now + _SAMPLE_S
+        raw = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+        if len(raw) < _INFO.size:
+            self._tcp = False
+            return
+        rtt_us, acked, min_rtt_us = _INFO.unpack(raw)
+        period = self._period
+        if period is None:
+            length_s = max(_PERIOD_S, _PERIOD_RTTS * min_rtt_us / 1e6)
+            period = self._period = _Period(now, now + length_s, acked, rtt_us)
+        period.shortest_us = min(period.shortest_us, rtt_us)
+        if now >= period.ends:
+            speed = (acked - period.acked) / (now - period.began)
+            changed = self._judge(now, period.shortest_us / 1e6, min_rtt_us / 1e6, speed)
+            self._period = None
+            if changed:
+                # What is measured lags behind: it is smoothed, and the queue has to drain.
+                self._next = now + (period.ends - period.began) / 2
+
+    def _judge(self, now: float, rtt_s: float, min_rtt_s: float, speed: float) -> bool:
+        """Set what is right by these.  Tells whether that is another size."""
+        size_before, speed_before = self._before
+        self._before = (0, 0.0)
+        if size_before and speed < _FREE * speed_before:
+            self._hold_until, self.size = now + _HOLD_S, size_before
+            return True
+        wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
+        self._burst = max(_LEAST_BURST, int(speed * wanted_s))
+        change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
+        # Far away the shortest round trip is nearly all of it: grow by how short the queue is.
+        change = max(change, 1 + _GROWTH * (1 - (rtt_s - min_rtt_s) / wanted_s))
+        change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, change))
+        size = min(MOST, max(LEAST, int(self.size * change) & ~0xFFF))
+        if 1 / _LEAST_CHANGE < size / self.size < _LEAST_CHANGE:
+            return False
+        if size < self.size:
+            if now < self._hold_until:
+                return False
+            self._before = (self.size, speed)
+        self.size = size
+        return True
+
+
+@dataclass(slots=True)
+class _Period:
+    began: float
+    ends: float
+    acked: int
+    """What the peer had acknowledged when it began, in bytes."""
+    shortest_us: int
+    """Round trip in it, smoothed by the kernel."""

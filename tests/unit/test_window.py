@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A background lane's window, over links of all kinds that exist as arithmetic only."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyumem.lanes import window
+from pyumem.lanes.window import FIRST, LEAST, MOST, Window
+from tests.unit.test_lanes import tcp_pair
+
+_QUEUE_S = 0.003
+
+
+class Line:
+    """A connection that is always full: what is on its way beyond the link's own is a queue."""
+
+    family = socket.AF_INET
+
+    def __init__(
+        self, rate: float, rtt_s: float, busy_s: float = 0.0, others_s: float = 0.0
+    ) -> None:
+        self.rate, self.rtt_s, self.busy_s, self.others_s = rate, rtt_s, busy_s, others_s
+        self.on_way = 0
+        self.changes = 0
+        self.dice = random.Random(1)
+        self.now = self.acked = self.smooth_s = 0.0
+        self.lane: Any = Window(self, lambda: self.on_way, clock=lambda: self.now)  # type: ignore[arg-type]
+        self.history: list[int] = []
+
+    def getsockopt(self, _level: int, _what: int, size: int) -> bytes:
+        info = bytearray(size)
+        info[68:72] = int(1e6 * self.smooth_s).to_bytes(4, "little")
+        info[120:128] = int(self.acked).to_bytes(8, "little")
+        info[148:152] = int(1e6 * self.rtt_s).to_bytes(4, "little")
+        return bytes(info)
+
+    def run(self, seconds: float) -> int:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.002
+            rtt_s = max(self.rtt_s, self.lane.size / self.rate) + self.others_s
+            self.acked += 0.002 * self.lane.size / rtt_s
+            rtt_s += self.dice.choice((0, 0, 0, self.busy_s))
+            self.smooth_s = 7 / 8 * (self.smooth_s or rtt_s) + rtt_s / 8
+            self.lane.look()
+            self.changes += bool(self.history) and self.history[-1] != self.lane.size
+            self.history.append(self.lane.size)
+        return int(self.lane.size)
+
+
+@pytest.mark.parametrize("busy_s", [0.0, 0.03])
+@pytest.mark.parametrize(
+    ("rate", "rtt_s"),
+    [
+        pytest.param(100e6 / 8, 0.004, id="100 Mbit/s"),
+        pytest.param(1e9 / 8, 0.0004, id="1 Gbit/s"),
+        pytest.param(1e9 / 8, 0.02, id="1 Gbit/s, far"),
+        pytest.param(10e9 / 8, 0.0002, id="10 Gbit/s"),
+        pytest.param(50e6 / 8, 0.05, id="50 Mbit/s, far"),
+    ],
+)
+def test_the_link_is_busy_and_its_queue_short(rate: float, rtt_s: float, busy_s: float) -> None:
+    size = Line(rate, rtt_s, busy_s).run(10)
+    assert size >= min(MOST, 0.9 * rate * rtt_s), "the link is not idle"
+    assert size / rate <= 1.3 * (rtt_s + max(_QUEUE_S, rtt_s / 8))
+
+
+def test_bounds() -> None:
+    assert Line(1e6 / 8, 0.001).run(10) == LEAST
+    assert Line(1e12, 0.001).run(10) == MOST
+
+
+def test_a_queue_of_others_takes_nothing_from_us() -> None:
+    """But for a moment now and then, in which it is tried."""
+    line = Line(1e9 / 8, 0.001, others_s=0.1)
+    line.run(60)
+    assert sum(line.history) / len(line.history) > 0.9 * FIRST
+    line.others_s = 0.0
+    assert line.run(6) > 1.2 * FIRST
+
+
+def test_what_does_not_change_is_not_set_again() -> None:
+    line = Line(100e6 / 8, 0.004)
+    line.run(60)
+    assert line.changes < 10
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = tcp_pair()
+    with one, other:
+        yield one, other
+
+
+def test_the_kernel_has_what_is_read(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The places in struct tcp_info, on loopback: a round trip takes some microseconds."""
+    one, other = pair
+    for _ in range(20):
+        one.sendall(b"x" * 1000)
+        other.recv(1000)
+    info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    rtt, acked, shortest = window._INFO.unpack_from(info)
+    assert 0 < shortest <= rtt < 1_000_000 and acked == 20 * 1000 + 1
+    now = 0.0
+    lane = Window(one, lambda: 0, clock=lambda: now)
+    for _ in range(100):
+        lane.look()
+        now += 0.01
+    assert lane.size > FIRST
+
+
+def test_room() -> None:
+    line = Line(1e9 / 8, 0.001)
+    assert line.lane.room(MOST), "a run may be larger than the window, alone"
+    line.on_way = 1
+    assert line.lane.room(FIRST - 1) and not line.lane.room(FIRST)
+    assert 16384 <= line.lane.longest_run < LEAST + 1
+
+
+def test_a_socket_of_another_family_is_left_alone() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        lane = Window(one, lambda: 2 * MOST)
+        lane.look()
+        assert lane.size == FIRST and lane.room(MOST)
