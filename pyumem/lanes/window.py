@@ -40,6 +40,8 @@ _QUEUE_SHARE: Final = 1 / 8
 """What a requested page may find ahead of it: so long, or so much of the shortest round trip."""
 _SAMPLE_S: Final = 0.01
 _PERIOD_S: Final = 0.2
+_SHORT_PERIOD_S: Final = 0.05
+"""As long as it grows."""
 _PERIOD_RTTS: Final = 4
 """A period is so long, or so many of the shortest round trips if that is longer."""
 _MOST_CHANGE: Final = 2.0
@@ -74,6 +76,7 @@ class Window:
         """Bytes."""
         self._next = 0.0
         self._period: _Period | None = None
+        self._period_s = _SHORT_PERIOD_S
         self._before = (0, 0.0)
         """Size and speed before it got smaller; size 0 if it did not."""
         self._hold_until = 0.0
@@ -103,24 +106,26 @@ class Window:
         rtt_us, acked, min_rtt_us = _INFO.unpack(raw)
         period = self._period
         if period is None:
-            length_s = max(_PERIOD_S, _PERIOD_RTTS * min_rtt_us / 1e6)
+            length_s = max(self._period_s, _PERIOD_RTTS * min_rtt_us / 1e6)
             period = self._period = _Period(now, now + length_s, acked, rtt_us)
         period.shortest_us = min(period.shortest_us, rtt_us)
         if now >= period.ends:
             speed = (acked - period.acked) / (now - period.began)
-            changed = self._judge(now, period.shortest_us / 1e6, min_rtt_us / 1e6, speed)
+            before = self.size
+            self._judge(now, period.shortest_us / 1e6, min_rtt_us / 1e6, speed)
             self._period = None
-            if changed:
+            self._period_s = _SHORT_PERIOD_S if self.size > before else _PERIOD_S
+            if self.size < before:
                 # What is measured lags behind: it is smoothed, and the queue has to drain.
                 self._next = now + (period.ends - period.began) / 2
 
-    def _judge(self, now: float, rtt_s: float, min_rtt_s: float, speed: float) -> bool:
-        """Set what is right by these.  Tells whether that is another size."""
+    def _judge(self, now: float, rtt_s: float, min_rtt_s: float, speed: float) -> None:
+        """Set what is right by these."""
         size_before, speed_before = self._before
         self._before = (0, 0.0)
         if size_before and speed < _FREE * speed_before:
             self._hold_until, self.size = now + _HOLD_S, size_before
-            return True
+            return
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
         self._burst = max(_LEAST_BURST, int(speed * wanted_s))
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
@@ -129,13 +134,12 @@ class Window:
         change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, change))
         size = min(MOST, max(LEAST, int(self.size * change) & ~0xFFF))
         if 1 / _LEAST_CHANGE < size / self.size < _LEAST_CHANGE:
-            return False
+            return
         if size < self.size:
             if now < self._hold_until:
-                return False
+                return
             self._before = (self.size, speed)
         self.size = size
-        return True
 
 
 @dataclass(slots=True)

@@ -67,7 +67,7 @@ class Line:
 )
 def test_the_link_is_busy_and_its_queue_short(rate: float, rtt_s: float, busy_s: float) -> None:
     size = Line(rate, rtt_s, busy_s).run(10)
-    assert size >= min(MOST, 0.9 * rate * rtt_s), "the link is not idle"
+    assert size >= min(MOST, 0.85 * rate * rtt_s), "the link is not idle"
     assert size / rate <= 1.3 * (rtt_s + max(_QUEUE_S, rtt_s / 8))
 
 
