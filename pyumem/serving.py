@@ -445,11 +445,11 @@ class Resumed(Serving):
                 self._take_ram(list(self._record.ram))
                 for block in self._ram:
                     self._ram_fds.append(hold_ram(block))
-                self._find_pages()
                 self._make_claims()
                 if not self._record.committed:
                     self.state = State.FAILED
                     await self._stay()
+                self._find_pages()
                 await self._until_complete(self._take_up())
         except BaseException as e:
             self.report.error = str(e)

@@ -82,8 +82,9 @@ class SourceBase:
         self._claims: ClaimMap | None = None
         self._release: Release | None = None
         self._page_fds: list[int] = []
+        """What each RAM block is read from: the backing file of its area, or what _ram_fds has."""
         self._areas: list[Area] = []
-        """The RAM blocks as the driver has them, when there is pre-copy."""
+        """The areas of which this process is the server: with pre-copy, of all RAM blocks."""
         self._precopy: Precopy | None = None
         self._lanes: Lanes | None = None
         self._past: dict[str, Totals] = {}

@@ -17,9 +17,8 @@ of them longer, a queue all of them.
 Where the queue is somebody else's a smaller window makes it no shorter, and us slower: then the
 window goes back to what it was, for a while.
 
-It is kept by looking at what the peer has not acknowledged, before the next run is claimed.  The
-send buffer does not keep it: with SO_SNDBUF of 64 KiB Linux 6.1 has 800 KiB on their way, once the
-congestion window is so large.
+It is kept by looking at what the peer has not acknowledged, before the next run is claimed.  A send
+buffer of that size was tried: one that is made smaller on the way does not keep it.
 """
 
 from __future__ import annotations
@@ -106,7 +105,9 @@ class Window:
         rtt_us, acked, min_rtt_us = _INFO.unpack(raw)
         period = self._period
         if period is None:
-            length_s = max(self._period_s, _PERIOD_RTTS * min_rtt_us / 1e6)
+            # Before its first measurement the kernel's shortest one is the largest number there is.
+            near_us = min(rtt_us, min_rtt_us)
+            length_s = max(self._period_s, _PERIOD_RTTS * near_us / 1e6)
             period = self._period = _Period(now, now + length_s, acked, rtt_us)
         period.shortest_us = min(period.shortest_us, rtt_us)
         if now >= period.ends:

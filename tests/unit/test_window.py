@@ -85,6 +85,16 @@ def test_a_queue_of_others_takes_nothing_from_us() -> None:
     assert line.run(6) > 1.2 * FIRST
 
 
+def test_a_round_trip_that_is_not_measured_yet() -> None:
+    """Of a connection whose first packet was lost, say: the kernel tells ~0 for the shortest."""
+    line = Line(100e6 / 8, 0.004)
+    line.rtt_s, known_s = 0xFFFFFFFF / 1e6, line.rtt_s
+    line.smooth_s = 0.0
+    line.lane.look()
+    line.rtt_s = known_s
+    assert line.run(10) < 0.6 * FIRST
+
+
 def test_what_does_not_change_is_not_set_again() -> None:
     line = Line(100e6 / 8, 0.004)
     line.run(60)
