@@ -184,6 +184,7 @@ def measure(
             message: dict[str, Any] = {
                 "peer": "peer",
                 "index": index,
+                "background_lanes": case.lanes,
                 "tls": None,
                 "touch": False,
                 "resumed": False,

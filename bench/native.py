@@ -143,6 +143,7 @@ def lane(npages: int, ram: int, *, urgent: bool) -> Iterator[PipeArea]:
         message = {
             "peer": "peer",
             "index": 0,
+            "background_lanes": 1,
             "tls": None,
             "compression": None,
             "areas": [{"id": "ram0", "size_bytes": npages * PAGE}],

@@ -5,8 +5,9 @@ once.
 Pages of all areas are numbered in one row ("slots"): area 0 first, then area 1, and so on.  Whoever
 turns a slot's byte from 0 to 1 under the lock has to send that page.  The map also has the cursor
 of the background transfer, which a request moves to behind the page that was asked for: what the
-guest touched last tells best what it touches next; and the pace of that transfer, which the parent
-may change at any time.
+guest touched last tells best what it touches next; the pace of that transfer, which the parent may
+change at any time; and what its lanes tell each other of what they have on their way
+(pyumem.lanes.window).
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from itertools import accumulate
 from typing import Final
 
 from pyumem.shm import ProcessLock, SharedMemory
+from pyumem.wire import MAX_LANES
 
 _HEAD: Final = 4096
 _CURSOR: Final = struct.Struct("=Q")
 _PACE: Final = struct.Struct("=Q")
 _PACE_AT: Final = 8
+# Native, so that a number is stored at once: another process reads it at any time.
+_WINDOW: Final = struct.Struct("Q")
+_WINDOW_AT: Final = 16
+_LANE: Final = struct.Struct("QQ")
+_LANES: Final = struct.Struct(f"{2 * MAX_LANES}Q")
+_LANES_AT: Final = 64
 _FREE: Final = b"\0"
 _PART: Final = 4096
 """Bytes of a bitmap that are looked at together: most have all bits alike, be it that nothing is
@@ -130,6 +138,27 @@ class ClaimMap:
     @pace.setter
     def pace(self, bytes_s: int) -> None:
         _PACE.pack_into(self.memory.map, _PACE_AT, bytes_s)
+
+    # --- what the background lanes tell each other ---
+
+    @property
+    def window(self) -> int:
+        """Return how many bytes all background lanes together may have on their way."""
+        (size,) = _WINDOW.unpack_from(self.memory.map, _WINDOW_AT)
+        return int(size)
+
+    @window.setter
+    def window(self, nr_bytes: int) -> None:
+        _WINDOW.pack_into(self.memory.map, _WINDOW_AT, nr_bytes)
+
+    def tell(self, lane: int, on_way: int, acked: int) -> None:
+        """Tell what a lane has on its way, and what its peer has acknowledged so far, in bytes."""
+        _LANE.pack_into(self.memory.map, _LANES_AT + lane * _LANE.size, on_way, acked)
+
+    def told(self) -> tuple[int, int]:
+        """Return the sums of what all lanes told: (on their way, acknowledged)."""
+        numbers = _LANES.unpack_from(self.memory.map, _LANES_AT)
+        return sum(numbers[0::2]), sum(numbers[1::2])
 
     # --- claiming ---
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyumem.errors import ProtocolError, UsageError
+from pyumem.wire import MAX_LANES
 
 DEFAULT_TOKEN_FILE: Final = Path("/etc/umem/token")
 NONCE_SIZE: Final = 32
 MAC_SIZE: Final = hashlib.sha256().digest_size
 MAX_AREAS: Final = 64
-MAX_LANES: Final = 16
 MAX_TOKEN: Final = 4096
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._:+-]{1,63}")

@@ -173,6 +173,7 @@ class Lanes:
         message = {
             "peer": link.peer,
             "index": index,
+            "background_lanes": session.background_lanes,
             "areas": [{"id": block.id, "size_bytes": block.size} for block in session.ram],
             "prefetch": session.prefetch.to_json(),
             "compression": compression,

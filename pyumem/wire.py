@@ -43,6 +43,8 @@ MAX_JSON: Final = 64 * 1024
 """Largest payload of a frame that carries JSON, in bytes."""
 MAX_DEVICE: Final = 256 * 1024
 """Largest piece of device state in one frame, in bytes."""
+MAX_LANES: Final = 16
+"""Most background lanes of one migration."""
 MAX_RUN: Final = 1024 * 1024
 """Largest payload of a PAGES frame, in bytes."""
 MAX_PACKED: Final = 256 * 1024

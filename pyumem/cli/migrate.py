@@ -30,13 +30,13 @@ from pyumem.compression import Compress, offer
 from pyumem.control import Asker, ControlServer
 from pyumem.convergence import Limits
 from pyumem.errors import ControlError, UmemError, UsageError
-from pyumem.hello import MAX_LANES
 from pyumem.lanes.prefetch import MAX_PAGES, Prefetch
 from pyumem.report import Report
 from pyumem.serving import Resumed
 from pyumem.source import Migration
 from pyumem.source_base import Plan
 from pyumem.tls import Security
+from pyumem.wire import MAX_LANES
 
 
 @click.command()

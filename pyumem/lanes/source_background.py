@@ -46,8 +46,13 @@ class BackgroundLane:
         claims: ClaimMap,
         stats: StatsBlock,
         packer: Packer | None = None,
+        *,
+        index: int = 0,
+        lanes: int = 1,
     ) -> None:
-        """Send on the link what the claim map says is free; compressed, if the packer says so."""
+        """Send on the link what the claim map says is free; compressed, if the packer says so.
+        index: which of how many background lanes it is.
+        """
         self._packer = packer
         self._channel = channel
         self._link = link
@@ -57,18 +62,20 @@ class BackgroundLane:
         self._pacer = Pacer(
             claims, self._stopped, packer.decision.restart if packer else lambda: None
         )
-        self._window = Window(link.sock, link.untaken)
+        self._index = index
+        self._window = Window(link.sock, link.untaken, claims, index, lanes)
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(link.fileno(), select.POLLIN)
 
-    def run(self, *, holes: bool) -> None:
-        """Wait for "go", send until every page is claimed, then END.  `holes`: first tell what is a
-        hole.  Raises LinkError.
+    def run(self) -> None:
+        """Wait for "go", send until every page is claimed, then END; the first lane first tells
+        what is a hole.  Raises LinkError.
         """
         if not self._go():
             return
-        if (not holes or self._tell_holes()) and self._send_runs():
+        if (self._index or self._tell_holes()) and self._send_runs():
+            self._window.leave()
             self._link.send(wire.pack(wire.Kind.END))
             if self._taken():
                 self._channel.send({"event": "drained"})
@@ -167,7 +174,16 @@ def body(channel: Channel, message: dict[str, Any], fds: list[int]) -> None:
     link = make_link(sock, message, stats)
     packer = make_packer(message["compression"], stats)
     channel.send({"event": "ready"})
-    BackgroundLane(channel, link, ram, claims, stats, packer).run(holes=message["index"] == 0)
+    BackgroundLane(
+        channel,
+        link,
+        ram,
+        claims,
+        stats,
+        packer,
+        index=message["index"],
+        lanes=message["background_lanes"],
+    ).run()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How much a background lane has on its way: enough to keep the link busy, and little that a
+"""How much the background lanes have on their way: enough to keep the link busy, and little that a
 requested page finds ahead of it there.
 
 A requested page has a connection of its own, and the same link: it waits for what the background
@@ -17,8 +17,14 @@ of them longer, a queue all of them.
 Where the queue is somebody else's a smaller window makes it no shorter, and us slower: then the
 window goes back to what it was, for a while.
 
-It is kept by looking at what the peer has not acknowledged, before the next run is claimed.  A send
-buffer of that size was tried: one that is made smaller on the way does not keep it.
+A lane that does not use the window, since a processor or a limit of the rate holds it back, says
+nothing about it: neither is it too small (RFC 7661), nor is it why the lane got slower.
+
+All lanes of a migration have one window, in the claim map, or each would take the others' queue for
+somebody else's.  The last of them sets it, by its own round trips and the speed of all.
+
+It is kept by looking at what the peers have not acknowledged, before the next run is claimed.  A
+send buffer of that size was tried: one that is made smaller on the way does not keep it.
 """
 
 from __future__ import annotations
@@ -28,7 +34,10 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pyumem.claims import ClaimMap
 
 FIRST: Final = 256 * 1024
 LEAST: Final = 64 * 1024
@@ -49,6 +58,9 @@ _GROWTH: Final = 0.5
 _LEAST_BURST: Final = 32 * 1024
 _FREE: Final = 0.8
 """Share of the speed that has to be left when the window got smaller."""
+_USED: Final = 0.25
+"""Share of the looks at which there has to be no room for the window to be what holds a lane back.
+"""
 _HOLD_S: Final = 5.0
 """For how long it stays as it is when that was not so."""
 _INFO: Final = struct.Struct("=68xI48xQ20xI")
@@ -56,24 +68,31 @@ _INFO: Final = struct.Struct("=68xI48xQ20xI")
 
 
 class Window:
-    """Of one connection, which was tune()d for the background."""
+    """Of all background lanes, as one of them sees it.  Its connection was tune()d for them."""
 
     def __init__(
         self,
         sock: socket.socket,
         untaken: Callable[[], int],
+        claims: ClaimMap,
+        lane: int = 0,
+        lanes: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Watch a socket that stays the caller's; one that is not TCP's has no window.  untaken()
-        tells how many bytes the peer has not acknowledged.
+        tells how many bytes the peer has not acknowledged; lane counts from 0.
         """
         self._sock = sock
         self._untaken = untaken
+        self._claims = claims
+        self._lane = lane
+        self._lanes = lanes
         self._clock = clock
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
-        self.size = FIRST
-        """Bytes."""
+        self._judges = lane == lanes - 1
+        self._acked = 0
         self._next = 0.0
+        self._full = False
         self._period: _Period | None = None
         self._period_s = _SHORT_PERIOD_S
         self._before = (0, 0.0)
@@ -82,15 +101,30 @@ class Window:
         self._burst = FIRST
 
     @property
+    def size(self) -> int:
+        """Return how many bytes all lanes together may have on their way."""
+        return self._claims.window or FIRST
+
+    @property
     def longest_run(self) -> int:
         """Return how many bytes should go at a time: a burst is a queue, too, for as long as the
         link takes for it.
         """
-        return min(self.size // 4, self._burst)
+        return min(self.size // 4, self._burst) // self._lanes
 
     def room(self, nr_bytes: int) -> bool:
         """Tell whether so many bytes may go now."""
-        return not self._tcp or (on_way := self._untaken()) + nr_bytes <= self.size or not on_way
+        if not self._tcp:
+            return True
+        on_way = self._untaken()
+        self._claims.tell(self._lane, on_way, self._acked)
+        # One that has nothing on its way may go: the others' word may be old.
+        self._full = bool(on_way) and self._claims.told()[0] + nr_bytes > self.size
+        return not self._full
+
+    def leave(self) -> None:
+        """Tell the others that this lane sends no more."""
+        self._claims.tell(self._lane, 0, self._acked)
 
     def look(self) -> None:
         """Take a sample, if it is time for one, and judge at the end of a period."""
@@ -102,7 +136,11 @@ class Window:
         if len(raw) < _INFO.size:
             self._tcp = False
             return
-        rtt_us, acked, min_rtt_us = _INFO.unpack(raw)
+        rtt_us, self._acked, min_rtt_us = _INFO.unpack(raw)
+        self._claims.tell(self._lane, self._untaken(), self._acked)
+        if not self._judges:
+            return
+        acked = self._claims.told()[1]
         period = self._period
         if period is None:
             # Before its first measurement the kernel's shortest one is the largest number there is.
@@ -110,22 +148,27 @@ class Window:
             length_s = max(self._period_s, _PERIOD_RTTS * near_us / 1e6)
             period = self._period = _Period(now, now + length_s, acked, rtt_us)
         period.shortest_us = min(period.shortest_us, rtt_us)
+        period.looks += 1
+        period.full += self._full
         if now >= period.ends:
             speed = (acked - period.acked) / (now - period.began)
             before = self.size
-            self._judge(now, period.shortest_us / 1e6, min_rtt_us / 1e6, speed)
+            used = period.full >= _USED * period.looks
+            self._judge(now, period.shortest_us / 1e6, min_rtt_us / 1e6, speed, used=used)
             self._period = None
             self._period_s = _SHORT_PERIOD_S if self.size > before else _PERIOD_S
             if self.size < before:
                 # What is measured lags behind: it is smoothed, and the queue has to drain.
                 self._next = now + (period.ends - period.began) / 2
 
-    def _judge(self, now: float, rtt_s: float, min_rtt_s: float, speed: float) -> None:
-        """Set what is right by these."""
+    def _judge(
+        self, now: float, rtt_s: float, min_rtt_s: float, speed: float, *, used: bool
+    ) -> None:
+        """Set what is right by these.  used: the window was what kept the lane from sending."""
         size_before, speed_before = self._before
         self._before = (0, 0.0)
-        if size_before and speed < _FREE * speed_before:
-            self._hold_until, self.size = now + _HOLD_S, size_before
+        if used and size_before and speed < _FREE * speed_before:
+            self._hold_until, self._claims.window = now + _HOLD_S, size_before
             return
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
         self._burst = max(_LEAST_BURST, int(speed * wanted_s))
@@ -133,14 +176,16 @@ class Window:
         # Far away the shortest round trip is nearly all of it: grow by how short the queue is.
         change = max(change, 1 + _GROWTH * (1 - (rtt_s - min_rtt_s) / wanted_s))
         change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, change))
-        size = min(MOST, max(LEAST, int(self.size * change) & ~0xFFF))
+        size = min(MOST * self._lanes, max(LEAST, int(self.size * change) & ~0xFFF))
         if 1 / _LEAST_CHANGE < size / self.size < _LEAST_CHANGE:
+            return
+        if size > self.size and not used:
             return
         if size < self.size:
             if now < self._hold_until:
                 return
             self._before = (self.size, speed)
-        self.size = size
+        self._claims.window = size
 
 
 @dataclass(slots=True)
@@ -151,3 +196,6 @@ class _Period:
     """What the peer had acknowledged when it began, in bytes."""
     shortest_us: int
     """Round trip in it, smoothed by the kernel."""
+    looks: int = 0
+    full: int = 0
+    """Looks at which there was no room."""

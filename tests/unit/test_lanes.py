@@ -211,7 +211,9 @@ class World:
                 self._claims(),
                 self.stats[f"sb{index}"],
                 Packer(directory(), decision, self.stats[f"sb{index}"]) if decision else None,
-            ).run(holes=index == 0)
+                index=index,
+                lanes=index + 1,
+            ).run()
         )
         filler = Filler(
             destination,
@@ -518,7 +520,7 @@ def test_requests_overtake_the_background(shm: Path) -> None:
     background = Lane(
         lambda channel: source_background.BackgroundLane(
             channel, source, world._ram(), world._claims(), world.stats["sb0"]
-        ).run(holes=True)
+        ).run()
     )
     world.lanes.append(background)
     middle_one, middle_two = tcp_pair()
@@ -727,7 +729,7 @@ def test_a_lost_destination_ends_the_background_lane(world: World) -> None:
     lane = Lane(
         lambda channel: source_background.BackgroundLane(
             channel, link, world._ram(), world._claims(), world.stats["sb0"]
-        ).run(holes=True)
+        ).run()
     )
     world.lanes.append(lane)
     mine.close()
@@ -743,7 +745,7 @@ def test_a_background_lane_says_when_all_it_sent_was_taken(world: World) -> None
     lane = Lane(
         lambda channel: source_background.BackgroundLane(
             channel, link, world._ram(), world._claims(), world.stats["sb0"]
-        ).run(holes=True)
+        ).run()
     )
     world.lanes.append(lane)
     lane.go()

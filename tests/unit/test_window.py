@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pyumem.claims import ClaimMap, Slots
 from pyumem.lanes import window
 from pyumem.lanes.window import FIRST, LEAST, MOST, Window
 from tests.unit.test_lanes import tcp_pair
@@ -18,19 +19,32 @@ _QUEUE_S = 0.003
 
 
 class Line:
-    """A connection that is always full: what is on its way beyond the link's own is a queue."""
+    """A link that its lanes keep full: what is on its way beyond the link's own is a queue."""
 
     family = socket.AF_INET
 
     def __init__(
-        self, rate: float, rtt_s: float, busy_s: float = 0.0, others_s: float = 0.0
+        self,
+        rate: float,
+        rtt_s: float,
+        busy_s: float = 0.0,
+        others_s: float = 0.0,
+        lanes: int = 1,
+        most_s: float = 1e12,
     ) -> None:
+        """most_s: bytes that the lanes have to send in a second."""
         self.rate, self.rtt_s, self.busy_s, self.others_s = rate, rtt_s, busy_s, others_s
+        self.most_s = most_s
         self.on_way = 0
         self.changes = 0
         self.dice = random.Random(1)
         self.now = self.acked = self.smooth_s = 0.0
-        self.lane: Any = Window(self, lambda: self.on_way, clock=lambda: self.now)  # type: ignore[arg-type]
+        self.claims = ClaimMap.create(Slots([1]))
+        self.lanes: list[Any] = [
+            Window(self, lambda: self.on_way, self.claims, lane, lanes, lambda: self.now)  # type: ignore[arg-type]
+            for lane in range(lanes)
+        ]
+        self.lane = self.lanes[-1]
         self.history: list[int] = []
 
     def getsockopt(self, _level: int, _what: int, size: int) -> bytes:
@@ -45,10 +59,16 @@ class Line:
         while self.now < end:
             self.now += 0.002
             rtt_s = max(self.rtt_s, self.lane.size / self.rate) + self.others_s
-            self.acked += 0.002 * self.lane.size / rtt_s
+            speed = min(self.most_s, self.lane.size / rtt_s)
+            if speed == self.most_s:
+                rtt_s = self.rtt_s + self.others_s
+            self.acked += 0.002 * speed / len(self.lanes)
+            self.on_way = int(speed * rtt_s / len(self.lanes))
             rtt_s += self.dice.choice((0, 0, 0, self.busy_s))
             self.smooth_s = 7 / 8 * (self.smooth_s or rtt_s) + rtt_s / 8
-            self.lane.look()
+            for lane in self.lanes:
+                lane.room(4096)
+                lane.look()
             self.changes += bool(self.history) and self.history[-1] != self.lane.size
             self.history.append(self.lane.size)
         return int(self.lane.size)
@@ -69,6 +89,26 @@ def test_the_link_is_busy_and_its_queue_short(rate: float, rtt_s: float, busy_s:
     size = Line(rate, rtt_s, busy_s).run(10)
     assert size >= min(MOST, 0.85 * rate * rtt_s), "the link is not idle"
     assert size / rate <= 1.3 * (rtt_s + max(_QUEUE_S, rtt_s / 8))
+
+
+@pytest.mark.parametrize("lanes", [2, 5])
+def test_lanes_together_do_what_one_does(lanes: int) -> None:
+    rate, rtt_s = 100e6 / 8, 0.004
+    size = Line(rate, rtt_s, lanes=lanes).run(10)
+    assert 0.85 * rate * rtt_s <= size <= 1.3 * rate * (rtt_s + _QUEUE_S)
+
+
+def test_a_lane_that_does_not_use_its_window_leaves_it() -> None:
+    """It is as slow as its processor lets it be, now and then more so: no reason for a larger
+    window, which would be a queue as soon as it is faster.
+    """
+    line = Line(100e6 / 8, 0.004, most_s=3e6)
+    for speed in (3e6, 1e6) * 10:
+        line.most_s = speed
+        line.run(0.25)
+    assert line.lane.size == FIRST
+    line.most_s = 1e12
+    assert line.run(3) <= 1.3 * line.rate * (line.rtt_s + _QUEUE_S)
 
 
 def test_bounds() -> None:
@@ -118,8 +158,9 @@ def test_the_kernel_has_what_is_read(pair: tuple[socket.socket, socket.socket]) 
     rtt, acked, shortest = window._INFO.unpack_from(info)
     assert 0 < shortest <= rtt < 1_000_000 and acked == 20 * 1000 + 1
     now = 0.0
-    lane = Window(one, lambda: 0, clock=lambda: now)
+    lane = Window(one, lambda: 1, ClaimMap.create(Slots([1])), clock=lambda: now)
     for _ in range(100):
+        assert not lane.room(lane.size)
         lane.look()
         now += 0.01
     assert lane.size > FIRST
@@ -133,9 +174,19 @@ def test_room() -> None:
     assert 16384 <= line.lane.longest_run < LEAST + 1
 
 
+def test_lanes_share_their_room() -> None:
+    line = Line(1e9 / 8, 0.001, lanes=2)
+    one, other = line.lanes
+    line.on_way = FIRST // 2
+    assert one.room(FIRST // 2) and not other.room(1)
+    one.leave()
+    assert other.room(FIRST // 2) and not other.room(FIRST // 2 + 1)
+    assert other.longest_run == FIRST // 8
+
+
 def test_a_socket_of_another_family_is_left_alone() -> None:
     one, other = socket.socketpair()
     with one, other:
-        lane = Window(one, lambda: 2 * MOST)
+        lane = Window(one, lambda: 2 * MOST, ClaimMap.create(Slots([1])))
         lane.look()
         assert lane.size == FIRST and lane.room(MOST)

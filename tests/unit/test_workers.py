@@ -50,6 +50,7 @@ class Scene:
             message = {
                 "peer": "p",
                 "index": 0,
+                "background_lanes": 1,
                 "areas": [{"id": "ram0", "size_bytes": size}],
                 "compression": self.compression,
                 "tls": None,
