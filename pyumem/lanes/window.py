@@ -110,7 +110,7 @@ class Window:
         """Return how many bytes should go at a time: a burst is a queue, too, for as long as the
         link takes for it.
         """
-        return min(self.size // 4, self._burst) // self._lanes
+        return min(self.size // 2, self._burst) // self._lanes
 
     def room(self, nr_bytes: int) -> bool:
         """Tell whether so many bytes may go now."""
@@ -171,7 +171,9 @@ class Window:
             self._hold_until, self._claims.window = now + _HOLD_S, size_before
             return
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
-        self._burst = max(_LEAST_BURST, int(speed * wanted_s))
+        # The speed of a lane that a processor holds back says nothing of the link, and short runs
+        # would hold it back all the more.
+        self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else FIRST
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
         # Far away the shortest round trip is nearly all of it: grow by how short the queue is.
         change = max(change, 1 + _GROWTH * (1 - (rtt_s - min_rtt_s) / wanted_s))
