@@ -308,6 +308,7 @@ class Contest:
             return Found(end, (report_of(migrate).get("error") or migrate.said())[-200:])
         told = report_of(migrate)
         values = {
+            "downtime_parts_ms": told["downtime_parts_ms"],
             "blocked_ms": told["blocked_ms"],
             "demand_p50_us": told["demand_latency_p50_us"],
             "demand_p99_us": told["demand_latency_p99_us"],

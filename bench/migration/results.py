@@ -71,6 +71,8 @@ class Sample:
     """Why it did not come to its end; empty: it did.  Then what was measured until there."""
     downtime_ms: float | None = None
     """From QEMU's STOP at the source to its RESUME at the destination."""
+    downtime_parts_ms: dict[str, float] = field(default_factory=dict)
+    """umem's: what its report says that the downtime was made of."""
     silence_ms: float | None = None
     """Longest time without a beat of the guest around the switch, less the beat itself: what
     somebody who looks at the guest feels."""
