@@ -177,8 +177,8 @@ bench: $(STAMPS)/vm-image $(STAMPS)/bench-guest $(STAMPS)/machine-qemu module-$(
 	@$(PY) -m bench.migration.run --kernel $(ONE_KERNEL) --cpus $(CPUS) $(if $(QUICK),--quick) $(BENCH)
 
 .PHONY: bench-native
-bench-native: $(STAMPS)/venv ## measure the page lanes against raw TCP, here: no VM, no driver (BENCH='--link-us 400 --link-gbit 10')
-	@$(PY) -m bench.native $(BENCH)
+bench-native: $(STAMPS)/vm-image $(STAMPS)/bench-guest ## measure the page lanes against raw TCP and QEMU's, here: no VM, no driver (BENCH='--link-us 400 --link-gbit 10')
+	@$(PY) -m bench.native --qemu build/qemu-10.0/qemu-system-x86_64 $(BENCH)
 
 .PHONY: bench-fault
 bench-fault: $(STAMPS)/vm-image module-$(ONE_KERNEL) ## measure page faults against userfaultfd, in the VM (KERNEL= CPUS= ROUNDS=)

@@ -7,8 +7,8 @@ TCP on loopback, with no driver, no QEMU and no emulation.
 A pipe stands for the driver's queue of requests, another for the wake: the consumer writes the page
 that it misses, and sleeps until it is marked; then the background lane moves all memory.  Beside
 it, taking turns, the least that the same can cost: bench/migration/rawtcp.c, 16 bytes there and
-4 KiB back, and a stream.  What a link adds to a request, it adds to both; how fast it is limits
-both.
+4 KiB back, and a stream; and with --qemu what it costs QEMU's own post-copy
+(bench/native_qemu.py).  What a link adds to a request, it adds to all; how fast it is limits all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ from bench.environment import here
 from bench.fault.run import GCC
 from bench.lanes import Children
 from bench.migration.results import Limit
+from bench.native_qemu import Figures, Peer
 from pyumem.claims import ClaimMap, Slots
 from pyumem.lanes import destination_background, link, source_background, source_urgent
 from pyumem.lanes.destination_urgent import UrgentLane
 from pyumem.lanes.fill import Arrivals, Filler
 from pyumem.stats import StatsBlock
 from pyumem.worker import Channel, hurry
+from tests.vm.harness import BUILD
 
 PAGE = mmap.PAGESIZE
 ROOT = Path(__file__).parents[1]
@@ -177,10 +179,18 @@ def stream(area: PipeArea) -> float:
     return area.npages * PAGE / (time.monotonic() - began) / (1 << 20)
 
 
-def figures(took: list[float], stream_mib_s: float) -> Limit:
-    """Return what a round found, in the form of its limit."""
+@dataclass(frozen=True)
+class Lanes(Limit):
+    """What a round found, in the form of its limit, and of QEMU's."""
+
+    request_mean_us: float
+
+
+def figures(took: list[float], stream_mib_s: float) -> Lanes:
+    """Return what a round found."""
     took = sorted(took)
-    return Limit(took[len(took) // 2], took[len(took) * 99 // 100], stream_mib_s)
+    mean = statistics.fmean(took)
+    return Lanes(took[len(took) // 2], took[len(took) * 99 // 100], stream_mib_s, mean)
 
 
 def build(directory: Path) -> Path:
@@ -217,6 +227,9 @@ def raw(program: Path, nr_requests: int, mib: int) -> Limit:
 @click.option("--rounds", default=7)
 @click.option("--link-us", default=400.0, help="A round trip on the link that is thought of.")
 @click.option("--link-gbit", default=1.0, help="And how fast it is.")
+@click.option(
+    "--qemu", type=click.Path(path_type=Path), help="A QEMU, whose post-copy is measured, too."
+)
 @click.option("--json", "as_json", is_flag=True)
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Write FILE.json, and FILE.rst.inc for Sphinx."
@@ -227,6 +240,7 @@ def main(
     rounds: int,
     link_us: float,
     link_gbit: float,
+    qemu: Path | None,
     as_json: bool,
     save: Path | None,
 ) -> None:
@@ -235,9 +249,13 @@ def main(
     Medians of the rounds, and of the rounds' ratios.
     """
     npages = mib * (1 << 20) // PAGE
-    ours, limits = [], []
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile(dir="/dev/shm") as ram:
+    ours, limits, peers = [], [], []
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.NamedTemporaryFile(dir="/dev/shm") as ram,
+    ):
         program = build(Path(scratch))
+        peer = Peer(qemu, BUILD, Path(scratch)) if qemu else None
         for _ in range(mib):
             ram.write(os.urandom(1 << 20))
         ram.flush()
@@ -247,6 +265,8 @@ def main(
                 took = ask(area, nr_requests, seed)
             with lane(npages, ram.fileno(), urgent=False) as area:
                 ours.append(figures(took, stream(area)))
+            if peer:
+                peers.append(peer.measure(Path(ram.name), nr_requests))
     told = {
         "environment": {**here(rounds), "requests": nr_requests, "mib": mib},
         "link": {"round_trip_us": link_us, "gbit_s": link_gbit},
@@ -254,6 +274,9 @@ def main(
         "raw_tcp": _medians(limits),
         "ratio_on_link": on_link(ours, limits, link_us, link_gbit),
     }
+    if peers:
+        told["qemu_postcopy"] = _medians(peers)
+        told["ratio_to_qemu"] = to_qemu(ours, peers, link_us)
     if save:
         save.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
         save.with_suffix(".rst.inc").write_text(rst(told))
@@ -261,7 +284,7 @@ def main(
 
 
 def on_link(
-    ours: list[Limit], limits: list[Limit], link_us: float, link_gbit: float
+    ours: Sequence[Limit], limits: list[Limit], link_us: float, link_gbit: float
 ) -> dict[str, float]:
     """Return lanes divided by raw TCP, the link's own part added to both."""
     most = link_gbit * 1e9 / 8 / (1 << 20)
@@ -273,6 +296,17 @@ def on_link(
     return {name: round(statistics.median(found), 2) for name, found in ratios.items()}
 
 
+def to_qemu(ours: list[Lanes], peers: list[Figures], link_us: float) -> dict[str, float]:
+    """Return lanes divided by QEMU; of a request on the link, of the stream without one."""
+    pairs = list(zip(ours, peers, strict=True))
+    request = [(a.request_mean_us + link_us) / (b.request_mean_us + link_us) for a, b in pairs]
+    ratios = {
+        "request_mean_us": request,
+        "stream_mib_s": [a.stream_mib_s / b.stream_mib_s for a, b in pairs],
+    }
+    return {name: round(statistics.median(found), 2) for name, found in ratios.items()}
+
+
 def text(told: dict[str, Any]) -> str:
     """Return it for a terminal."""
     link = told["link"]
@@ -281,6 +315,11 @@ def text(told: dict[str, Any]) -> str:
         f"{name:15} {told['lanes'][name]:9.1f} {told['raw_tcp'][name]:9.1f} {ratio:19.2f}"
         for name, ratio in told["ratio_on_link"].items()
     ]
+    if peer := told.get("qemu_postcopy"):
+        lines += [
+            f"{name:15} {told['lanes'][name]:9.1f} {peer[name]:9.1f} {ratio:19.2f}  of QEMU's"
+            for name, ratio in told["ratio_to_qemu"].items()
+        ]
     lines += [f"the link: {link['gbit_s']:g} Gbit/s, {link['round_trip_us']:g} us there and back"]
     return "\n".join(lines)
 
@@ -304,17 +343,32 @@ def rst(told: dict[str, Any]) -> str:
         "request_p99_us": "request, 99 %, us",
         "stream_mib_s": "stream, MiB/s",
     }
-    return head + "".join(
+    table = head + "".join(
         f"   * - {label}\n     - {told['lanes'][name]}\n     - {told['raw_tcp'][name]}\n"
         f"     - x {told['ratio_on_link'][name]:.2f}\n"
         for name, label in rows.items()
     )
+    if peer := told.get("qemu_postcopy"):
+        ratio = told["ratio_to_qemu"]
+        table += (
+            "\nAnd against QEMU's own post-copy, in the same rounds; of a request on that link, of "
+            "the stream without one:\n\n"
+            ".. list-table::\n   :header-rows: 1\n\n"
+            "   * - \n     - lanes\n     - QEMU\n     - ratio\n"
+            "   * - request, mean, us\n"
+            f"     - {told['lanes']['request_mean_us']}\n     - {peer['request_mean_us']}\n"
+            f"     - x {ratio['request_mean_us']:.2f}\n"
+            "   * - stream, MiB/s\n"
+            f"     - {told['lanes']['stream_mib_s']}\n     - {peer['stream_mib_s']}\n"
+            f"     - x {ratio['stream_mib_s']:.2f}\n"
+        )
+    return table
 
 
-def _medians(found: list[Limit]) -> dict[str, float]:
+def _medians(found: Sequence[Limit | Figures]) -> dict[str, float]:
     return {
         each.name: round(statistics.median(getattr(one, each.name) for one in found), 1)
-        for each in fields(Limit)
+        for each in fields(found[0])
     }
 
 

@@ -29,16 +29,16 @@ class Contender:
     """umem's -n: seconds after the switch until the background transfer is let go."""
 
 
-_POSTCOPY: Final = ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")
+POSTCOPY: Final = ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")
 
 CONTENDERS: Final = (
     Contender("qemu-precopy", "QEMU, pre-copy"),
     Contender(
         "qemu-autoconverge", "QEMU, pre-copy that slows the guest", capabilities=("auto-converge",)
     ),
-    Contender("qemu-postcopy", "QEMU, post-copy at once", capabilities=_POSTCOPY, switch_after=0),
+    Contender("qemu-postcopy", "QEMU, post-copy at once", capabilities=POSTCOPY, switch_after=0),
     Contender(
-        "qemu-hybrid", "QEMU, one pass, then post-copy", capabilities=_POSTCOPY, switch_after=1
+        "qemu-hybrid", "QEMU, one pass, then post-copy", capabilities=POSTCOPY, switch_after=1
     ),
     Contender("umem-precopy", "umemctl migrate", umem=()),
     Contender("umem-hybrid", "umemctl migrate --hybrid", umem=("--hybrid",)),

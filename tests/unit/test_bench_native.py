@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from bench import native
 from bench.migration.results import Limit
+from bench.native_qemu import Figures, Peer
 
 
 def test_a_small_run(tmp_path: Path) -> None:
@@ -44,3 +45,20 @@ def test_what_the_link_adds_it_adds_to_both() -> None:
     ratios = native.on_link(ours, limits, link_us=400, link_gbit=1)
     assert ratios == {"request_p50_us": 1.14, "request_p99_us": 1.56, "stream_mib_s": 1.0}
     assert native.on_link(ours, limits, link_us=0, link_gbit=100)["stream_mib_s"] == 0.25
+
+
+def test_what_a_request_costs_qemu_is_on_the_same_link() -> None:
+    ours, peers = [native.figures([100.0] * 9 + [1000.0], 1500)], [Figures(70, 500)]
+    assert ours[0].request_mean_us == 190
+    assert native.to_qemu(ours, peers, link_us=400) == {
+        "request_mean_us": 1.26,
+        "stream_mib_s": 3.0,
+    }
+
+
+def test_a_qemu_that_is_none(tmp_path: Path) -> None:
+    peer = Peer(tmp_path / "qemu", tmp_path, tmp_path)
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(4096))
+    with pytest.raises(click.ClickException, match="qemu"):
+        peer.measure(ram, 10)
