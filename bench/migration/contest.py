@@ -249,16 +249,18 @@ class Contest:
         pair.at_destination.execute("migrate-incoming", uri=uri)
         source = pair.at_source
         source.execute("migrate", uri=uri)
-        if contender.switch_after is not None:
-            while True:
-                told = source.execute("query-migrate")
-                passes = told.get("ram", {}).get("dirty-sync-count", 0)
-                if told.get("status") == "active" and passes > contender.switch_after:
-                    break
-                if told.get("status") not in ("setup", "active") or time.monotonic() > deadline:
-                    return Found(time.monotonic(), f"QEMU: {told.get('status')} before the switch")
-                time.sleep(0.01)
-            source.execute("migrate-start-postcopy")
+        switched = False
+        while contender.switch_after is not None and not switched:
+            told = source.execute("query-migrate")
+            passes = told.get("ram", {}).get("dirty-sync-count", 0)
+            if told.get("status") == "active" and passes > contender.switch_after:
+                source.execute("migrate-start-postcopy")
+                switched = True
+            elif told.get("status") in ("device", "completed"):
+                break  # it had converged before
+            elif told.get("status") not in ("setup", "active") or time.monotonic() > deadline:
+                return Found(time.monotonic(), f"QEMU: {told.get('status')} before the switch")
+            time.sleep(0.01)
         left = max(0.0, deadline - time.monotonic())
         try:
             end = source.wait("MIGRATION", left, status="completed")
@@ -273,12 +275,12 @@ class Contest:
         # A post-copy is over for the source a moment before the destination says so.
         end = max(end, pair.at_destination.wait("MIGRATION", 30, status="completed"))
         values: dict[str, Any] = {}
-        if contender.switch_after is not None:
+        if switched:
             told = pair.at_destination.execute("query-migrate")
             values["blocked_ms"] = float(sum(told.get("postcopy-vcpu-blocktime", [])))
         stop = source.when("STOP")
         assert stop is not None
-        resident = end - stop if contender.switch_after is not None else 0.0
+        resident = end - stop if switched else 0.0
         return Found(end, resident_s=round(resident, 3), values=values)
 
     # --- ours ---
