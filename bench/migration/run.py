@@ -50,10 +50,17 @@ def median_limits(lines: list[dict[str, Any]]) -> dict[str, Limit]:
     }
 
 
-def measure(results: Results, argv: list[str], expected: int, console: Console) -> int:
+def keep(results: Results, path: Path, began: float) -> None:
+    """Write what there is so far."""
+    results.environment["seconds"] = round(time.monotonic() - began)
+    path.write_text(json.dumps(results.to_json(), indent=1) + "\n")
+
+
+def measure(results: Results, argv: list[str], expected: int, console: Console, path: Path) -> int:
     """Run the plan in a machine, so many migrations; returns its exit status.  What came before a
-    failure is kept.
+    failure is in the file.
     """
+    began = time.monotonic()
     limits: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -69,12 +76,14 @@ def measure(results: Results, argv: list[str], expected: int, console: Console) 
             elif line.startswith('{"what": "sample"'):
                 sample = sample_of(json.loads(line))
                 results.samples.append(sample)
+                keep(results, path, began)
                 told = sample.error or f"{sample.total_s:.1f} s, silent {sample.silence_ms:.0f} ms"
                 text = f"{sample.setting}, round {sample.round + 1}, {sample.contender}: {told}"
                 progress.console.print(text, markup=False, highlight=False)
                 progress.update(task, advance=1, description=sample.setting)
             else:
                 progress.console.print(line.rstrip(), markup=False, highlight=False)
+    keep(results, path, began)
     return process.returncode
 
 
@@ -136,12 +145,9 @@ def main(
         contenders=[name for name in plan.BY_NAME if name in met],
         plan=dict(zip(chosen, by_setting, strict=True)),
     )
-    began = time.monotonic()
-    status = measure(results, argv, expected, console)
-    results.environment["seconds"] = round(time.monotonic() - began)
     OUT.mkdir(parents=True, exist_ok=True)
     path: Path = OUT / f"{name}.json"
-    path.write_text(json.dumps(results.to_json(), indent=1) + "\n")
+    status = measure(results, argv, expected, console, path)
     if results.samples:
         for table in tables(results):
             console.print(table)
