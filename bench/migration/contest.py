@@ -39,7 +39,7 @@ BEAT_S = 0.01
 """Between two beats of the guest: bench/migration/guest/load.c."""
 _GUEST_S = {"kvm": 60.0, "tcg": 240.0}
 """What a guest may take for an answer; one that stands still costs the run no more."""
-_BOOTS = 2
+_GUESTS = 2
 _REQUESTS, _STREAM_MIB = 400, 32
 _UNLIMITED = 1 << 40
 _DOWNTIME_MS = 300
@@ -122,17 +122,18 @@ class Contest:
 
     def measure(self, setting: Setting, contender: Contender, number: int) -> Sample:
         """Boot the guest, move it, and say what came of it.  An error is part of the sample; a
-        guest that does not boot says nothing of who was to move it, and is tried again.
+        guest that is lost before says nothing of who was to move it, and another one is tried.
         """
-        for _ in range(_BOOTS):
+        for _ in range(_GUESTS):
             if (sample := self._measure(setting, contender, number)) is not None:
                 return sample
-        return Sample(setting.name, contender.name, number, error=f"{_BOOTS} guests did not boot")
+        why = f"{_GUESTS} guests were lost before they were moved"
+        return Sample(setting.name, contender.name, number, error=why)
 
     def _measure(self, setting: Setting, contender: Contender, number: int) -> Sample | None:
-        """Do it once.  None: the guest did not boot."""
+        """Do it once.  None: the guest was lost before it was moved."""
         self._count += 1
-        booted = False
+        ready = False
         folder = self._tmp / str(self._count)
         folder.mkdir()
         with contextlib.ExitStack() as stack:
@@ -141,11 +142,15 @@ class Contest:
             try:
                 with self._pair(world, setting, contender, stack) as pair:
                     pair.before.wait("step", timeout=_GUEST_S[setting.accel])
-                    booted = True
+                    time.sleep(BASELINE_S)
+                    since = pair.before.mark()
+                    time.sleep(0.5)
+                    pair.before.wait("step", timeout=1.0, since=since)
+                    ready = True
                     return self._move(world, pair, setting, contender, number)
             except (GuestError, AssertionError, OSError, QMPError, TimeoutError) as e:
                 print(world.told(), flush=True)
-                if not booted:
+                if not ready:
                     return None
                 why = f"{type(e).__name__}: {e}"[:300]
                 return Sample(setting.name, contender.name, number, error=why)
@@ -184,7 +189,6 @@ class Contest:
         self, world: World, pair: Pair, setting: Setting, contender: Contender, number: int
     ) -> Sample:
         before = pair.before
-        time.sleep(BASELINE_S + 0.5)
         wire = self.source.tx_bytes() + self.destination.tx_bytes()
         pids = {
             "source qemu": pair.source.process.pid,
