@@ -248,6 +248,8 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
         f"module_blacklist={_NOT_NEEDED}",
         # A node without a CPU has 6.1 warn.
         *(["numa=fake=2"] if config.cpus > 1 else []),
+        # It takes pages out of the tables of KVM's guests: testing.rst, Traps of the emulation.
+        "numa_balancing=disable",
     ):
         argv += ["--kopt", option]
     if config.command is None:
