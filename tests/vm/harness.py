@@ -40,13 +40,6 @@ _TRACE_SECONDS = 3.0
 
 # Drivers of the emulated board that no test needs; loading them costs seconds
 # under emulation.
-_TRACING = "/sys/kernel/tracing"
-_KVM_EVENTS = (
-    *("kvm_entry", "kvm_exit", "kvm_page_fault", "kvm_cr", "kvm_userspace_exit"),
-    *("kvm_inj_virq", "kvm_inj_exception", "kvm_apic_accept_irq", "kvm_eoi", "kvm_pv_eoi"),
-    *("kvm_vcpu_wakeup", "kvm_try_async_get_page", "kvm_async_pf_not_present"),
-    *("kvm_async_pf_ready", "kvm_async_pf_repeated_fault", "kvm_async_pf_completed"),
-)
 _NOT_NEEDED = (
     "ahci,libahci,sr_mod,cdrom,sg,i2c_i801,i2c_smbus,lpc_ich,iTCO_wdt,i6300esb,psmouse,"
     "pcspkr,powernow_k8,acpi_cpufreq,aesni_intel,ghash_clmulni_intel,"
@@ -162,9 +155,6 @@ def inner_script(config: VmConfig) -> str:
     lines += [f"export {key}={quote(value)}" for key, value in env.items()]
     lines += [
         "modprobe -q kvm_amd || modprobe -q kvm_intel",
-        # Guests under the emulated KVM are lost less often so: testing.rst, Traps of the emulation.
-        f"{{ mount -t tracefs nodev {_TRACING}; "
-        f"printf 'kvm:%s\\n' {' '.join(_KVM_EVENTS)} >{_TRACING}/set_event; }} 2>/dev/null",
         "echo 8 >/proc/sys/kernel/printk",
         f"status={quote(str(BUILD / 'vm' / f'{config.name}.status'))}",
     ]
