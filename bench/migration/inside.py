@@ -38,6 +38,8 @@ def main(settings: str, contenders: str, rounds: int) -> None:
     for link, alike in by_link.items():
         with contest(alike[0]) as scene:
             for setting, number in itertools.product(alike, range(rounds)):
+                if not number:
+                    print(json.dumps({"what": "setting", "name": setting.name}), flush=True)
                 limit = scene.limit()
                 print(json.dumps({"what": "limit", "link": link, **asdict(limit)}), flush=True)
                 for name in players(setting.name, contenders.split(",") if contenders else ()):

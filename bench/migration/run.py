@@ -8,6 +8,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bench.environment import environment
 from bench.migration import plan
@@ -25,7 +26,7 @@ from tests.vm import harness
 
 OUT = harness.BUILD / "bench" / "migration"
 _BOOT_S = 120
-_SAMPLE_S = 300
+_SAMPLE_S = 500
 """What one migration may take with everything around it, before the machine is killed."""
 
 
@@ -56,35 +57,82 @@ def keep(results: Results, path: Path, began: float) -> None:
     path.write_text(json.dumps(results.to_json(), indent=1) + "\n")
 
 
-def measure(results: Results, argv: list[str], expected: int, console: Console, path: Path) -> int:
-    """Run the plan in a machine, so many migrations; returns its exit status.  What came before a
-    failure is in the file.
-    """
-    began = time.monotonic()
-    limits: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        subprocess.Popen(argv, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True) as process,
-        Progress(*columns, console=console) as progress,
-    ):
-        task = progress.add_task("booting", total=expected)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith('{"what": "limit"'):
-                limits.append(json.loads(line))
-                results.limits = median_limits(limits)
-            elif line.startswith('{"what": "sample"'):
-                sample = sample_of(json.loads(line))
-                results.samples.append(sample)
-                keep(results, path, began)
-                told = sample.error or f"{sample.total_s:.1f} s, silent {sample.silence_ms:.0f} ms"
-                text = f"{sample.setting}, round {sample.round + 1}, {sample.contender}: {told}"
-                progress.console.print(text, markup=False, highlight=False)
+class Run:
+    """The plan, carried out in a machine; in another one, when the machine is lost."""
+
+    def __init__(
+        self, results: Results, argv: list[str], expected: int, console: Console, path: Path
+    ) -> None:
+        """argv: what boots a machine that carries out a plan, but for the names of the settings.
+        expected: so many migrations.  What was measured is always in the file.
+        """
+        self._results = results
+        self._argv = argv
+        self._expected = expected
+        self._console = console
+        self._path = path
+        self._began = time.monotonic()
+        self._limits: list[dict[str, Any]] = []
+        self._begun: list[str] = []
+
+    def measure(self) -> bool:
+        """Do it.  Tell whether no machine was lost: an emulated one may stand still, and costs the
+        rest of a setting.
+        """
+        lost: list[str] = []
+        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task("booting", total=self._expected)
+            names = [one.name for one in self._results.settings]
+            while rest := [name for name in names if name not in self._begun]:
+                before = len(self._begun)
+                status = self._machine(rest, progress, task)
+                if not status:
+                    break
+                if len(self._begun) == before:
+                    raise click.ClickException(f"the machine ends with status {status}")
+                lost.append(self._begun[-1])
+                self._say(progress, f"the machine was lost in setting {lost[-1]} (status {status})")
+        self._results.environment["machines_lost_in"] = lost
+        keep(self._results, self._path, self._began)
+        return not lost
+
+    def _machine(self, settings: list[str], progress: Progress, task: TaskID) -> int:
+        """Boot one and carry out these; return its exit status."""
+        argv = [*self._argv, "--settings", ",".join(settings)]
+        with subprocess.Popen(argv, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            watchdog = threading.Timer(_SAMPLE_S, process.terminate)
+            watchdog.start()
+            for line in process.stdout:
+                if line.startswith('{"what"'):
+                    watchdog.cancel()
+                    watchdog = threading.Timer(_SAMPLE_S, process.terminate)
+                    watchdog.start()
+                    self._take(json.loads(line), progress, task)
+                else:
+                    self._say(progress, line.rstrip())
+            watchdog.cancel()
+        return process.returncode
+
+    def _take(self, told: dict[str, Any], progress: Progress, task: TaskID) -> None:
+        match told["what"]:
+            case "setting":
+                self._begun.append(told["name"])
+            case "limit":
+                self._limits.append(told)
+                self._results.limits = median_limits(self._limits)
+            case "sample":
+                sample = sample_of(told)
+                self._results.samples.append(sample)
+                keep(self._results, self._path, self._began)
+                how = sample.error or f"{sample.total_s:.1f} s, silent {sample.silence_ms:.0f} ms"
+                text = f"{sample.setting}, round {sample.round + 1}, {sample.contender}: {how}"
+                self._say(progress, text)
                 progress.update(task, advance=1, description=sample.setting)
-            else:
-                progress.console.print(line.rstrip(), markup=False, highlight=False)
-    keep(results, path, began)
-    return process.returncode
+
+    def _say(self, progress: Progress, text: str) -> None:
+        progress.console.print(text, markup=False, highlight=False)
 
 
 def _names(text: str | None, known: tuple[str, ...]) -> list[str]:
@@ -132,7 +180,7 @@ def main(
     met = {name for names in by_setting for name in names}
     expected = rounds * sum(len(names) for names in by_setting)
     inside = ["python", "-m", "bench.migration.inside", "--rounds", str(rounds)]
-    inside += ["--settings", ",".join(chosen), "--contenders", ",".join(picked)]
+    inside += ["--contenders", ",".join(picked)]
     limit_s = _BOOT_S + _SAMPLE_S * expected
     argv = [sys.executable, "-m", "tests.vm", "run", "--kernel", kernel, "--mem", mem]
     argv += ["--cpus", str(cpus), "--name", f"bench-{name}", "--timeout", str(limit_s)]
@@ -147,16 +195,16 @@ def main(
     )
     OUT.mkdir(parents=True, exist_ok=True)
     path: Path = OUT / f"{name}.json"
-    status = measure(results, argv, expected, console, path)
+    whole = Run(results, argv, expected, console, path).measure()
     if results.samples:
         for table in tables(results):
             console.print(table)
         page = write(results, OUT / name)
         console.print(f"{path}\n{page}", markup=False, highlight=False)
-    if status:
-        sys.exit(status)
     if damaged := [one for one in results.samples if one.verdict_ok is False]:
         raise click.ClickException(f"{len(damaged)} guests say that their memory is damaged")
+    if not whole:
+        raise click.ClickException("a machine was lost, and the rest of its setting with it")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from bench.migration import plan, report
 from bench.migration.contest import at
@@ -30,6 +32,7 @@ from bench.migration.results import (
     unmeasured,
     wanted,
 )
+from bench.migration.run import Run
 from bench.migration.usage import Usage
 
 SETTING = Setting("random", "random")
@@ -304,3 +307,42 @@ def test_who_was_not_to_meet_a_setting_is_not_shown(results: Results) -> None:
         "qemu-postcopy"
     ]
     assert not wanted(results) and not unmeasured(results)
+
+
+_MACHINE = """
+import json, sys
+names = sys.argv[sys.argv.index("--settings") + 1].split(",")
+limit = {"request_p50_us": 1, "request_p99_us": 2, "stream_mib_s": 3}
+for name in names:
+    print(json.dumps({"what": "setting", "name": name}))
+    print(json.dumps({"what": "limit", "link": "none none", **limit}), flush=True)
+    if name == sys.argv[1]:
+        sys.exit(9)
+    sample = {"setting": name, "contender": "umem-hybrid", "round": 0, "total_s": 1.0}
+    sample |= {"silence_ms": 2.0, "processes": [], "timeline": [], "latency_histogram": []}
+    print(json.dumps({"what": "sample", **sample}), flush=True)
+"""
+
+
+def _run(tmp_path: Path, dies_in: str) -> tuple[bool, Results]:
+    names = ("idle", "read", "random")
+    settings = [one for one in plan.SETTINGS if one.name in names]
+    results = Results("command", {}, settings, ["umem-hybrid"])
+    argv = [sys.executable, "-c", _MACHINE, dies_in]
+    path = tmp_path / "found.json"
+    whole = Run(results, argv, 3, Console(quiet=True), path).measure()
+    return whole, Results.from_json(json.loads(path.read_text()))
+
+
+def test_a_machine_that_is_lost_costs_a_setting(tmp_path: Path) -> None:
+    whole, found = _run(tmp_path, "read")
+    assert not whole and found.environment["machines_lost_in"] == ["read"]
+    assert [one.setting for one in found.samples] == ["random", "idle"]
+    assert _run(tmp_path, "none")[0]
+
+
+def test_a_machine_that_does_not_boot_ends_the_run(tmp_path: Path) -> None:
+    results = Results("command", {}, list(plan.SETTINGS[:1]), ["umem-hybrid"])
+    argv = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(click.ClickException, match="status 3"):
+        Run(results, argv, 1, Console(quiet=True), tmp_path / "found.json").measure()
