@@ -98,7 +98,10 @@ class Window:
         self._before = (0, 0.0)
         """Size and speed before it got smaller; size 0 if it did not."""
         self._hold_until = 0.0
-        self._burst = FIRST
+        self._burst = 0
+        """Longest run as long as the window is what holds the lane back, in bytes; 0 if it is not:
+        the speed says nothing of the link then, and short runs would hold it back all the more.
+        """
 
     @property
     def size(self) -> int:
@@ -110,7 +113,8 @@ class Window:
         """Return how many bytes should go at a time: a burst is a queue, too, for as long as the
         link takes for it.
         """
-        return min(self.size // 2, self._burst) // self._lanes
+        longest = min(self.size // 2, self._burst) if self._burst else self.size
+        return longest // self._lanes
 
     def room(self, nr_bytes: int) -> bool:
         """Tell whether so many bytes may go now."""
@@ -119,7 +123,8 @@ class Window:
         on_way = self._untaken()
         self._claims.tell(self._lane, on_way, self._acked)
         # One that has nothing on its way may go: the others' word may be old.
-        self._full = bool(on_way) and self._claims.told()[0] + nr_bytes > self.size
+        all_on_way = self._claims.told()[0] if on_way else 0
+        self._full = all_on_way > self.size // 2 and all_on_way + nr_bytes > self.size
         return not self._full
 
     def leave(self) -> None:
@@ -171,9 +176,7 @@ class Window:
             self._hold_until, self._claims.window = now + _HOLD_S, size_before
             return
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
-        # The speed of a lane that a processor holds back says nothing of the link, and short runs
-        # would hold it back all the more.
-        self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else FIRST
+        self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else 0
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
         # Far away the shortest round trip is nearly all of it: grow by how short the queue is.
         change = max(change, 1 + _GROWTH * (1 - (rtt_s - min_rtt_s) / wanted_s))
