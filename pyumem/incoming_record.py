@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pyumem import runtime
@@ -59,7 +59,12 @@ class IncomingRecord:
     def write(self) -> None:
         """Write it, all or nothing.  Raises UmemError."""
         runtime.make_private(directory())
-        runtime.write_record(self.path, {**asdict(self), "hello": self.hello.to_json()})
+        # Not asdict(self): the VM stands still, and a hello is large.
+        known = {each.name: getattr(self, each.name) for each in fields(self)}
+        known["hello"] = self.hello.to_json()
+        known["qemu"] = asdict(self.qemu)
+        known["areas"] = [asdict(area) for area in self.areas]
+        runtime.write_record(self.path, known)
 
     def remove(self) -> None:
         """Remove it."""

@@ -230,7 +230,8 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """
     new = path.with_suffix(".new")
     try:
-        new.write_text(json.dumps(record, indent=1) + "\n")
+        # In one line: a VM stands still meanwhile, and only that way it is json's C code.
+        new.write_text(json.dumps(record) + "\n")
         new.replace(path)
     except OSError as e:
         raise of_system(e) from e
