@@ -17,6 +17,10 @@ of them longer, a queue all of them.
 Where the queue is somebody else's a smaller window makes it no shorter, and us slower: then the
 window goes back to what it was, for a while.
 
+Where the lane is late now and then, since a processor is short, a window of a few milliseconds runs
+empty meanwhile, and the link with it.  The lane sees that when it comes back and nothing is on its
+way any more; the queue may be some times as long then.
+
 A lane that does not use the window, since a processor or a limit of the rate holds it back, says
 nothing about it: neither is it too small (RFC 7661), nor is it why the lane got slower.
 
@@ -58,6 +62,11 @@ _GROWTH: Final = 0.5
 _LEAST_BURST: Final = 32 * 1024
 _FREE: Final = 0.8
 """Share of the speed that has to be left when the window got smaller."""
+_LATE: Final = 0.15
+"""Share of the runs that may find nothing on its way: more, and the link is idle in between."""
+_LATE_QUEUES: Final = 5
+"""How many times as long the queue may be then."""
+_LATE_GROWTH: Final = 1.25
 _USED: Final = 0.25
 """Share of the looks at which there has to be no room for the window to be what holds a lane back.
 """
@@ -125,6 +134,9 @@ class Window:
         # One that has nothing on its way may go: the others' word may be old.
         all_on_way = self._claims.told()[0] if on_way else 0
         self._full = all_on_way > self.size // 2 and all_on_way + nr_bytes > self.size
+        if self._period and not self._full:
+            self._period.runs += 1
+            self._period.empty += not on_way
         return not self._full
 
     def leave(self) -> None:
@@ -159,7 +171,9 @@ class Window:
             speed = (acked - period.acked) / (now - period.began)
             before = self.size
             used = period.full >= _USED * period.looks
-            self._judge(now, period.shortest_us / 1e6, min_rtt_us / 1e6, speed, used=used)
+            late = used and period.empty > _LATE * period.runs
+            rtt_s, min_rtt_s = period.shortest_us / 1e6, min_rtt_us / 1e6
+            self._judge(now, rtt_s, min_rtt_s, speed, used=used, late=late)
             self._period = None
             self._period_s = _SHORT_PERIOD_S if self.size > before else _PERIOD_S
             if self.size < before:
@@ -167,9 +181,18 @@ class Window:
                 self._next = now + (period.ends - period.began) / 2
 
     def _judge(
-        self, now: float, rtt_s: float, min_rtt_s: float, speed: float, *, used: bool
+        self,
+        now: float,
+        rtt_s: float,
+        min_rtt_s: float,
+        speed: float,
+        *,
+        used: bool,
+        late: bool,
     ) -> None:
-        """Set what is right by these.  used: the window was what kept the lane from sending."""
+        """Set what is right by these.  used: the window was what kept the lane from sending; late:
+        but the link was idle, too.
+        """
         size_before, speed_before = self._before
         self._before = (0, 0.0)
         if used and size_before and speed < _FREE * speed_before:
@@ -178,6 +201,9 @@ class Window:
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
         self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else 0
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
+        if late:
+            most = speed * (min_rtt_s + _LATE_QUEUES * wanted_s) / self.size
+            change = max(change, min(_LATE_GROWTH, most))
         # Far away the shortest round trip is nearly all of it: grow by how short the queue is.
         change = max(change, 1 + _GROWTH * (1 - (rtt_s - min_rtt_s) / wanted_s))
         change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, change))
@@ -204,3 +230,6 @@ class _Period:
     looks: int = 0
     full: int = 0
     """Looks at which there was no room."""
+    runs: int = 0
+    empty: int = 0
+    """Runs that found nothing on its way."""

@@ -31,8 +31,12 @@ class Line:
         others_s: float = 0.0,
         lanes: int = 1,
         most_s: float = 1e12,
+        late_s: float = 0.0,
     ) -> None:
-        """most_s: bytes that the lanes have to send in a second."""
+        """most_s: bytes that the lanes have to send in a second; late_s: how long it takes a lane
+        to notice that there is room.
+        """
+        self.late_s = late_s
         self.rate, self.rtt_s, self.busy_s, self.others_s = rate, rtt_s, busy_s, others_s
         self.most_s = most_s
         self.on_way = 0
@@ -59,11 +63,14 @@ class Line:
         while self.now < end:
             self.now += 0.002
             rtt_s = max(self.rtt_s, self.lane.size / self.rate) + self.others_s
-            speed = min(self.most_s, self.lane.size / rtt_s)
+            speed = min(self.most_s, self.lane.size / (rtt_s + self.late_s))
             if speed == self.most_s:
                 rtt_s = self.rtt_s + self.others_s
             self.acked += 0.002 * speed / len(self.lanes)
-            self.on_way = int(speed * rtt_s / len(self.lanes))
+            on_way = speed * rtt_s if speed == self.most_s else self.lane.size
+            self.on_way = int(on_way / len(self.lanes))
+            if self.dice.random() < self.late_s / (rtt_s + self.late_s):
+                self.on_way = 0
             rtt_s += self.dice.choice((0, 0, 0, self.busy_s))
             self.smooth_s = 7 / 8 * (self.smooth_s or rtt_s) + rtt_s / 8
             for lane in self.lanes:
@@ -111,6 +118,15 @@ def test_a_lane_that_does_not_use_its_window_leaves_it() -> None:
     line.most_s = 1e12
     assert line.run(3) <= 1.3 * line.rate * (line.rtt_s + _QUEUE_S)
     assert line.lane.longest_run <= 1.1 * line.rate * _QUEUE_S
+
+
+def test_a_lane_that_is_late_keeps_the_link_busy() -> None:
+    line = Line(100e6 / 8, 0.004, late_s=0.006)
+    line.run(5)
+    before = line.acked
+    line.run(10)
+    assert line.acked - before > 0.65 * 10 * line.rate, "by the round trips alone it is 0.47"
+    assert max(line.history[-5000:]) <= line.rate * (line.rtt_s + 5.2 * _QUEUE_S)
 
 
 def test_bounds() -> None:
