@@ -195,22 +195,22 @@ def tables(results: Results) -> list[Table]:
 def _list_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
     for row in (head, *rows):
-        lines += [f"   {'*' if n == 0 else ' '} - {cell}" for n, cell in enumerate(row)]
+        lines += [f"   {'*' if n == 0 else ' '} - {cell}".rstrip() for n, cell in enumerate(row)]
     return "\n".join(lines) + "\n"
 
 
 def _rst_goals(results: Results) -> str:
-    rows = [
-        (
-            one.what,
-            one.setting,
-            "" if verdict == "not measured" else f"{one.measured:.2f}",
-            f"{'at most' if one.at_most else 'at least'} {one.limit}",
-            "**missed**" if verdict == "MISSED" else verdict,
-        )
-        for one, verdict in _goals(results)
-    ]
-    return _list_table("What is wanted", [OURS, "setting", "measured", "wanted", ""], rows)
+    """Return a row for each setting, a column for each goal."""
+    goals: dict[str, str] = {}
+    told: dict[str, dict[str, str]] = {}
+    for one, verdict in _goals(results):
+        goals[one.what] = f"{one.what}, {'at most' if one.at_most else 'at least'} {one.limit:g}"
+        figure = "?" if verdict == "not measured" else f"{one.measured:.2f}"
+        cell = figure if verdict == "met" else f"**{figure}**"
+        told.setdefault(one.setting, {})[one.what] = cell
+    rows = [(name, *(cells.get(what, "") for what in goals)) for name, cells in told.items()]
+    title = f"What is wanted of {OURS}: **missed**, **?** not measured"
+    return _list_table(title, ["setting", *goals.values()], rows)
 
 
 def rst(results: Results) -> str:
