@@ -64,11 +64,9 @@ _FREE: Final = 0.8
 """Share of the speed that has to be left when the window got smaller."""
 _LATE: Final = 0.15
 """Share of the runs that may find nothing on its way: more, and the link is idle in between."""
-_LATE_QUEUES: Final = 8
-"""How many times as long the queue may be then, at the best speed of the last seconds."""
+_LATE_QUEUES: Final = 5
+"""How many times as long the queue may be then."""
 _LATE_GROWTH: Final = 1.25
-_FADE: Final = 0.98
-"""What counts of that, from period to period."""
 _USED: Final = 0.25
 """Share of the looks at which there has to be no room for the window to be what holds a lane back.
 """
@@ -109,7 +107,6 @@ class Window:
         self._before = (0, 0.0)
         """Size and speed before it got smaller; size 0 if it did not."""
         self._hold_until = 0.0
-        self._best = 0.0
         self._burst = 0
         """Longest run as long as the window is what holds the lane back, in bytes; 0 if it is not:
         the speed says nothing of the link then, and short runs would hold it back all the more.
@@ -201,12 +198,11 @@ class Window:
         if used and size_before and speed < _FREE * speed_before:
             self._hold_until, self._claims.window = now + _HOLD_S, size_before
             return
-        self._best = max(speed, self._best * _FADE)
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
         self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else 0
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
         if late:
-            most = self._best * (min_rtt_s + _LATE_QUEUES * wanted_s) / self.size
+            most = speed * (min_rtt_s + _LATE_QUEUES * wanted_s) / self.size
             change = max(change, min(_LATE_GROWTH, most))
         # Far away the shortest round trip is nearly all of it: grow by how short the queue is.
         change = max(change, 1 + _GROWTH * (1 - (rtt_s - min_rtt_s) / wanted_s))

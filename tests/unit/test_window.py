@@ -126,7 +126,7 @@ def test_a_lane_that_is_late_keeps_the_link_busy() -> None:
     before = line.acked
     line.run(10)
     assert line.acked - before > 0.65 * 10 * line.rate, "by the round trips alone it is 0.47"
-    assert max(line.history[-5000:]) <= line.rate * (line.rtt_s + 8.2 * _QUEUE_S)
+    assert max(line.history[-5000:]) <= line.rate * (line.rtt_s + 5.2 * _QUEUE_S)
 
 
 def test_bounds() -> None:
