@@ -131,12 +131,13 @@ class Window:
             return True
         on_way = self._untaken()
         self._claims.tell(self._lane, on_way, self._acked)
+        all_on_way = self._claims.told()[0]
+        more = all_on_way > self.size // 2 and all_on_way + nr_bytes > self.size
         # One that has nothing on its way may go: the others' word may be old.
-        all_on_way = self._claims.told()[0] if on_way else 0
-        self._full = all_on_way > self.size // 2 and all_on_way + nr_bytes > self.size
+        self._full = more and bool(on_way)
         if self._period and not self._full:
             self._period.runs += 1
-            self._period.empty += not on_way
+            self._period.empty += not all_on_way
         return not self._full
 
     def leave(self) -> None:
