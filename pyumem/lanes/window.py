@@ -70,6 +70,8 @@ _LATE_GROWTH: Final = 1.25
 _USED: Final = 0.25
 """Share of the looks at which there has to be no room for the window to be what holds a lane back.
 """
+_WAITS: Final = 1 / 16
+"""Share of the runs that have to wait for room for a larger window to be of use."""
 _HOLD_S: Final = 5.0
 """For how long it stays as it is when that was not so."""
 _INFO: Final = struct.Struct("=68xI48xQ20xI")
@@ -134,11 +136,13 @@ class Window:
         all_on_way = self._claims.told()[0]
         more = all_on_way > self.size // 2 and all_on_way + nr_bytes > self.size
         # One that has nothing on its way may go: the others' word may be old.
-        self._full = more and bool(on_way)
-        if self._period and not self._full:
-            self._period.runs += 1
+        full = more and bool(on_way)
+        if self._period:
+            self._period.waits += full and not self._full
+            self._period.runs += not full
             self._period.empty += not all_on_way
-        return not self._full
+        self._full = full
+        return not full
 
     def leave(self) -> None:
         """Tell the others that this lane sends no more."""
@@ -173,8 +177,9 @@ class Window:
             before = self.size
             used = period.full >= _USED * period.looks
             late = used and period.empty > _LATE * period.runs
+            waits = used or period.waits > _WAITS * period.runs
             rtt_s, min_rtt_s = period.shortest_us / 1e6, min_rtt_us / 1e6
-            self._judge(now, rtt_s, min_rtt_s, speed, used=used, late=late)
+            self._judge(now, rtt_s, min_rtt_s, speed, waits=waits, used=used, late=late)
             self._period = None
             self._period_s = _SHORT_PERIOD_S if self.size > before else _PERIOD_S
             if self.size < before:
@@ -188,11 +193,12 @@ class Window:
         min_rtt_s: float,
         speed: float,
         *,
+        waits: bool,
         used: bool,
         late: bool,
     ) -> None:
-        """Set what is right by these.  used: the window was what kept the lane from sending; late:
-        but the link was idle, too.
+        """Set what is right by these.  waits: the window kept the lane from sending now and then;
+        used: most of the time; late: but the link was idle, too.
         """
         size_before, speed_before = self._before
         self._before = (0, 0.0)
@@ -211,7 +217,7 @@ class Window:
         size = min(MOST * self._lanes, max(LEAST, int(self.size * change) & ~0xFFF))
         if 1 / _LEAST_CHANGE < size / self.size < _LEAST_CHANGE:
             return
-        if size > self.size and not used:
+        if size > self.size and not waits:
             return
         if size < self.size:
             if now < self._hold_until:
@@ -232,5 +238,7 @@ class _Period:
     full: int = 0
     """Looks at which there was no room."""
     runs: int = 0
+    waits: int = 0
+    """Runs that had to wait for room."""
     empty: int = 0
     """Runs that found nothing on its way."""
