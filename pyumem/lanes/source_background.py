@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +33,6 @@ _HOLE_RANGES: Final = 256
 """Ranges that are gathered before they are sent: whoever waits for a page in them waits for that.
 """
 _LOOK_MS: Final = 20
-_ROOM_MS: Final = 1
 
 
 class BackgroundLane:
@@ -152,7 +152,8 @@ class BackgroundLane:
         """Wait until the window lets so many bytes go.  False when the parent wants an end."""
         self._window.look()
         while not self._window.room(nr_bytes):
-            if self._stopped(_ROOM_MS):
+            time.sleep(self._window.patience_s)
+            if self._stopped():
                 return False
             self._window.look()
         return True

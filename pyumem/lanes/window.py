@@ -22,7 +22,8 @@ empty meanwhile, and the link with it.  The lane sees that when it comes back an
 way any more; the queue may be some times as long then.
 
 A lane that does not use the window, since a processor or a limit of the rate holds it back, says
-nothing about it: neither is it too small (RFC 7661), nor is it why the lane got slower.
+little about it: it is not why the lane got slower, and it grows no further than runs do, with which
+it grows (RFC 7661).
 
 All lanes of a migration have one window, in the claim map, or each would take the others' queue for
 somebody else's.  The last of them sets it, by its own round trips and the speed of all.
@@ -70,8 +71,12 @@ _LATE_GROWTH: Final = 1.25
 _USED: Final = 0.25
 """Share of the looks at which there has to be no room for the window to be what holds a lane back.
 """
+_UNUSED: Final = 1024 * 1024
+"""Bytes up to which it grows without being used where there is no queue, and the runs with it."""
 _WAITS: Final = 1 / 16
 """Share of the runs that have to wait for room for a larger window to be of use."""
+_LEAST_PATIENCE_S: Final = 0.0001
+_MOST_PATIENCE_S: Final = 0.001
 _HOLD_S: Final = 5.0
 """For how long it stays as it is when that was not so."""
 _INFO: Final = struct.Struct("=68xI48xQ20xI")
@@ -108,8 +113,9 @@ class Window:
         self._period_s = _SHORT_PERIOD_S
         self._before = (0, 0.0)
         """Size and speed before it got smaller; size 0 if it did not."""
+        self._speed = 0.0
         self._hold_until = 0.0
-        self._burst = 0
+        self._burst = FIRST // 4
         """Longest run as long as the window is what holds the lane back, in bytes; 0 if it is not:
         the speed says nothing of the link then, and short runs would hold it back all the more.
         """
@@ -124,8 +130,14 @@ class Window:
         """Return how many bytes should go at a time: a burst is a queue, too, for as long as the
         link takes for it.
         """
-        longest = min(self.size // 2, self._burst) if self._burst else self.size
-        return longest // self._lanes
+        return min(self.size // 4, self._burst or MOST) // self._lanes
+
+    @property
+    def patience_s(self) -> float:
+        """Return how long to wait before asking for room again, in seconds: a part of the window
+        is gone by then.
+        """
+        return min(_MOST_PATIENCE_S, max(_LEAST_PATIENCE_S, self.size / 8 / (self._speed or MOST)))
 
     def room(self, nr_bytes: int) -> bool:
         """Tell whether so many bytes may go now."""
@@ -175,6 +187,7 @@ class Window:
         if now >= period.ends:
             speed = (acked - period.acked) / (now - period.began)
             before = self.size
+            self._speed = speed
             used = period.full >= _USED * period.looks
             late = used and period.empty > _LATE * period.runs
             waits = used or period.waits > _WAITS * period.runs
@@ -217,7 +230,7 @@ class Window:
         size = min(MOST * self._lanes, max(LEAST, int(self.size * change) & ~0xFFF))
         if 1 / _LEAST_CHANGE < size / self.size < _LEAST_CHANGE:
             return
-        if size > self.size and not waits:
+        if size > max(self.size, _UNUSED * self._lanes) and not waits:
             return
         if size < self.size:
             if now < self._hold_until:

@@ -113,8 +113,8 @@ def test_a_lane_that_does_not_use_its_window_leaves_it() -> None:
     for speed in (3e6, 1e6) * 10:
         line.most_s = speed
         line.run(0.25)
-    assert line.lane.size == FIRST
-    assert line.lane.longest_run == FIRST, "short runs would hold it back all the more"
+    assert line.lane.size <= window._UNUSED
+    assert line.lane.longest_run == line.lane.size // 4, "short runs would hold it back all the more"
     line.most_s = 1e12
     assert line.run(3) <= 1.3 * line.rate * (line.rtt_s + _QUEUE_S)
     assert line.lane.longest_run <= 1.1 * line.rate * _QUEUE_S
@@ -191,7 +191,7 @@ def test_room() -> None:
     assert line.lane.room(MOST), "two of them keep the link busy"
     line.on_way = FIRST // 2 + 4096
     assert line.lane.room(FIRST // 2 - 4096) and not line.lane.room(FIRST // 2)
-    assert line.lane.longest_run == FIRST
+    assert line.lane.longest_run == FIRST // 4
 
 
 def test_lanes_share_their_room() -> None:
@@ -201,7 +201,7 @@ def test_lanes_share_their_room() -> None:
     assert one.room(FIRST // 2) and not other.room(1)
     one.leave()
     assert other.room(1)
-    assert other.longest_run == FIRST // 2
+    assert other.longest_run == FIRST // 8
 
 
 def test_a_socket_of_another_family_is_left_alone() -> None:
