@@ -114,7 +114,7 @@ def test_a_lane_that_does_not_use_its_window_leaves_it() -> None:
         line.most_s = speed
         line.run(0.25)
     assert line.lane.size <= window._UNUSED
-    assert line.lane.longest_run == line.lane.size // 4, "short runs would hold it back all the more"
+    assert line.lane.longest_run == line.lane.size // 4, "short runs would hold it back more"
     line.most_s = 1e12
     assert line.run(3) <= 1.3 * line.rate * (line.rtt_s + _QUEUE_S)
     assert line.lane.longest_run <= 1.1 * line.rate * _QUEUE_S
