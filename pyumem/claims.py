@@ -22,11 +22,10 @@ from pyumem.shm import ProcessLock, SharedMemory
 from pyumem.wire import MAX_LANES
 
 _HEAD: Final = 4096
-_CURSOR: Final = struct.Struct("=Q")
-_PACE: Final = struct.Struct("=Q")
-_PACE_AT: Final = 8
 # Native, so that a number is stored at once: another process reads it at any time.
-_WINDOW: Final = struct.Struct("Q")
+_NUMBER: Final = struct.Struct("Q")
+_CURSOR_AT: Final = 0
+_PACE_AT: Final = 8
 _WINDOW_AT: Final = 16
 _LANE: Final = struct.Struct("QQ")
 _LANES: Final = struct.Struct(f"{2 * MAX_LANES}Q")
@@ -120,36 +119,36 @@ class ClaimMap:
     @property
     def cursor(self) -> int:
         """Return the slot at which the background transfer goes on."""
-        (slot,) = _CURSOR.unpack_from(self.memory.map, 0)
+        (slot,) = _NUMBER.unpack_from(self.memory.map, _CURSOR_AT)
         return int(slot) if slot < self.slots.total else 0
 
     @cursor.setter
     def cursor(self, slot: int) -> None:
-        _CURSOR.pack_into(self.memory.map, 0, slot)
+        _NUMBER.pack_into(self.memory.map, _CURSOR_AT, slot)
 
     # --- the pace ---
 
     @property
     def pace(self) -> int:
         """Return how fast each background lane may send, in bytes per second."""
-        (pace,) = _PACE.unpack_from(self.memory.map, _PACE_AT)
+        (pace,) = _NUMBER.unpack_from(self.memory.map, _PACE_AT)
         return int(pace)
 
     @pace.setter
     def pace(self, bytes_s: int) -> None:
-        _PACE.pack_into(self.memory.map, _PACE_AT, bytes_s)
+        _NUMBER.pack_into(self.memory.map, _PACE_AT, bytes_s)
 
     # --- what the background lanes tell each other ---
 
     @property
     def window(self) -> int:
         """Return how many bytes all background lanes together may have on their way."""
-        (size,) = _WINDOW.unpack_from(self.memory.map, _WINDOW_AT)
+        (size,) = _NUMBER.unpack_from(self.memory.map, _WINDOW_AT)
         return int(size)
 
     @window.setter
     def window(self, nr_bytes: int) -> None:
-        _WINDOW.pack_into(self.memory.map, _WINDOW_AT, nr_bytes)
+        _NUMBER.pack_into(self.memory.map, _WINDOW_AT, nr_bytes)
 
     def tell(self, lane: int, on_way: int, acked: int) -> None:
         """Tell what a lane has on its way, and what its peer has acknowledged so far, in bytes."""

@@ -149,7 +149,7 @@ class Contest:
                     ready = True
                     return self._move(world, pair, setting, contender, number)
             except (GuestError, AssertionError, OSError, QMPError, TimeoutError) as e:
-                print(world.told(), flush=True)
+                print(world.told(), e, sep="\n", flush=True)
                 if not ready:
                     return None
                 why = f"{type(e).__name__}: {e}"[:300]

@@ -104,15 +104,21 @@ class Run:
             assert process.stdout is not None
             watchdog = threading.Timer(_SAMPLE_S, process.terminate)
             watchdog.start()
-            for line in process.stdout:
-                if line.startswith('{"what"'):
-                    watchdog.cancel()
-                    watchdog = threading.Timer(_SAMPLE_S, process.terminate)
-                    watchdog.start()
-                    self._take(json.loads(line), progress, task)
-                else:
-                    self._say(progress, line.rstrip())
-            watchdog.cancel()
+            try:
+                for line in process.stdout:
+                    if line.startswith('{"what"'):
+                        watchdog.cancel()
+                        watchdog = threading.Timer(_SAMPLE_S, process.terminate)
+                        watchdog.start()
+                        self._take(json.loads(line), progress, task)
+                    else:
+                        self._say(progress, line.rstrip())
+            except BaseException:
+                # Ctrl-C, say: neither the machine nor a thread that waits is to outlive us.
+                process.terminate()
+                raise
+            finally:
+                watchdog.cancel()
         return process.returncode
 
     def _take(self, told: dict[str, Any], progress: Progress, task: TaskID) -> None:

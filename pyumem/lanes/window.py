@@ -137,7 +137,9 @@ class Window:
         """Return how long to wait before asking for room again, in seconds: a part of the window
         is gone by then.
         """
-        return min(_MOST_PATIENCE_S, max(_LEAST_PATIENCE_S, self.size / 8 / (self._speed or MOST)))
+        if not self._speed:
+            return _MOST_PATIENCE_S
+        return min(_MOST_PATIENCE_S, max(_LEAST_PATIENCE_S, self.size / 8 / self._speed))
 
     def room(self, nr_bytes: int) -> bool:
         """Tell whether so many bytes may go now."""
@@ -172,8 +174,6 @@ class Window:
             return
         rtt_us, self._acked, min_rtt_us = _INFO.unpack(raw)
         self._claims.tell(self._lane, self._untaken(), self._acked)
-        if not self._judges:
-            return
         acked = self._claims.told()[1]
         period = self._period
         if period is None:
@@ -192,7 +192,11 @@ class Window:
             late = used and period.empty > _LATE * period.runs
             waits = used or period.waits > _WAITS * period.runs
             rtt_s, min_rtt_s = period.shortest_us / 1e6, min_rtt_us / 1e6
-            self._judge(now, rtt_s, min_rtt_s, speed, waits=waits, used=used, late=late)
+            wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
+            # Each lane's own affair, by the speed of all; the window is one lane's.
+            self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else 0
+            if self._judges:
+                self._judge(now, rtt_s, min_rtt_s, speed, waits=waits, used=used, late=late)
             self._period = None
             self._period_s = _SHORT_PERIOD_S if self.size > before else _PERIOD_S
             if self.size < before:
@@ -219,7 +223,6 @@ class Window:
             self._hold_until, self._claims.window = now + _HOLD_S, size_before
             return
         wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
-        self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else 0
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
         if late:
             most = speed * (min_rtt_s + _LATE_QUEUES * wanted_s) / self.size

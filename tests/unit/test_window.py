@@ -101,8 +101,10 @@ def test_the_link_is_busy_and_its_queue_short(rate: float, rtt_s: float, busy_s:
 @pytest.mark.parametrize("lanes", [2, 5])
 def test_lanes_together_do_what_one_does(lanes: int) -> None:
     rate, rtt_s = 100e6 / 8, 0.004
-    size = Line(rate, rtt_s, lanes=lanes).run(10)
+    line = Line(rate, rtt_s, lanes=lanes)
+    size = line.run(10)
     assert 0.85 * rate * rtt_s <= size <= 1.3 * rate * (rtt_s + _QUEUE_S)
+    assert len({(lane.longest_run, lane.patience_s) for lane in line.lanes}) == 1
 
 
 def test_a_lane_that_does_not_use_its_window_leaves_it() -> None:
