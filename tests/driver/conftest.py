@@ -15,7 +15,16 @@ from pyumem import uapi
 from pyumem.area import Area
 
 from .build import program
-from .support import PAGE, SLOW, Agent, areas, module_refs, open_fds, wait_until
+from .support import (
+    PAGE,
+    SLOW,
+    Agent,
+    areas,
+    kill_left,
+    module_refs,
+    open_fds,
+    wait_until,
+)
 
 _numbers = itertools.count()
 
@@ -57,7 +66,10 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not areas(), "areas of somebody else"
     yield
     if hasattr(request.node, "driver_failed"):
-        return  # one message is enough
+        # One message is enough, but what is left would have all later tests fail.
+        if areas():
+            print(f"left behind, and killed: {kill_left()}")
+        return
     wait_until(lambda: not areas(), "the areas are gone")
     wait_until(lambda: module_refs() == refs, "the module's references are dropped")
     wait_until(lambda: not list(Path("/dev").glob("umem[0-9]*")), "the nodes are gone")

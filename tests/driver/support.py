@@ -391,11 +391,7 @@ class Agent:
 
     def where(self) -> str:
         """What each of its threads does, for a message."""
-        stacks = []
-        for task in sorted(Path(f"/proc/{self.pid}/task").glob("*")):
-            with contextlib.suppress(OSError):
-                stacks.append(f"{task.name}: {(task / 'stack').read_text()}")
-        return "\n".join(stacks)
+        return stacks(self.pid)
 
     def close(self) -> None:
         self.kill()
@@ -444,6 +440,36 @@ def control() -> Iterator[int]:
 def areas() -> list[uapi.AreaInfo]:
     with control() as fd:
         return uapi.list_areas(fd)
+
+
+def stacks(pid: int) -> str:
+    """What each thread of a process does, for a message."""
+    found = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            found.append(f"{task.name}: {(task / 'stack').read_text()}")
+    return "\n".join(found)
+
+
+def kill_left() -> str:
+    """Kill every other process that has an area's node open; return who they were and what they
+    did.
+
+    Descriptors are looked at, not mappings: those of a stuck process may be locked.
+    """
+    left: list[int] = []
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        pid = int(fd.parts[2])
+        with contextlib.suppress(OSError):
+            if str(fd.readlink()).startswith("/dev/umem") and pid not in (os.getpid(), *left):
+                left.append(pid)
+    told = []
+    for pid in left:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            told.append(f"{pid}: {status}\n{stacks(pid)}")
+            os.kill(pid, signal.SIGKILL)
+    return "\n".join(told)
 
 
 def module_refs() -> int:

@@ -109,12 +109,20 @@ static void write_by(uint64_t *state, uint8_t *at)
 	__atomic_fetch_add(&shared->writes, 1, __ATOMIC_RELAXED);
 }
 
+/* For a child: never outlive who forked it, who may have been killed by now. */
+static void die_with(pid_t parent)
+{
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(0);
+}
+
 static void forked_write(uint64_t *state, uint8_t *at)
 {
-	pid_t child = fork();
+	pid_t parent = getpid(), child = fork();
 
 	if (!child) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		die_with(parent);
 		for (int i = 0; i < 20; i++)
 			*(volatile uint64_t *)(at + 8 * dice(state, PAGE / 8)) = *state;
 		_exit(0);
@@ -180,11 +188,11 @@ static void *consumer_thread(void *arg)
 	return NULL;
 }
 
-static void consumer(uint64_t seed)
+static void consumer(uint64_t seed, pid_t server)
 {
 	pthread_t threads[NR_THREADS];
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	die_with(server);
 	for (unsigned long i = 0; i < NR_THREADS; i++)
 		if (pthread_create(&threads[i], NULL, consumer_thread,
 				   (void *)(uintptr_t)(seed * 31 + i * 7919 + 1)))
@@ -290,7 +298,7 @@ int main(int argc, char **argv)
 	while (now_ms() < end) {
 		uint64_t until = now_ms() + 50 + dice(&state, 200);
 		int late = !on && dice(&state, 2), status;
-		pid_t pids[NR_CONSUMERS];
+		pid_t server = getpid(), pids[NR_CONSUMERS];
 
 		if (!on && !late && set_log(1))
 			die("switch on");
@@ -300,7 +308,7 @@ int main(int argc, char **argv)
 		for (int i = 0; i < NR_CONSUMERS; i++) {
 			pids[i] = fork();
 			if (!pids[i])
-				consumer(seed + phases * 17 + i);
+				consumer(seed + phases * 17 + i, server);
 		}
 		if (late) {
 			usleep(1000 * dice(&state, 60));

@@ -1474,8 +1474,8 @@ static void one_thing(struct worker *w);
 
 static void do_fork(struct worker *w)
 {
+	pid_t parent = getpid(), pid;
 	unsigned int n;
-	pid_t pid;
 
 	if (w->child)
 		return;
@@ -1484,6 +1484,9 @@ static void do_fork(struct worker *w)
 		return;
 	if (!pid) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		/* It may have been killed before that. */
+		if (getppid() != parent)
+			_exit(0);
 		w->child = true;
 		w->state ^= getpid();
 		/* Another thread may have held it when it was copied. */

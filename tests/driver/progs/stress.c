@@ -397,14 +397,22 @@ static void check_page(uint64_t *words, unsigned long page, unsigned int *state)
 		complain("content", page, got);
 }
 
+/* For a child: never outlive who forked it, who may have been killed by now. */
+static void die_with(pid_t parent)
+{
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(0);
+}
+
 static void in_a_child(unsigned int *state, unsigned long page)
 {
-	pid_t pid = fork();
+	pid_t parent = getpid(), pid = fork();
 
 	if (pid < 0)
 		return;
 	if (!pid) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		die_with(parent);
 		check_page(consumer_base + page * WORDS, page, state);
 		_exit(0);
 	}
@@ -560,12 +568,12 @@ static void *consumer_thread(void *arg)
 	return NULL;
 }
 
-static void consumer(unsigned int state)
+static void consumer(unsigned int state, pid_t server)
 {
 	struct sigaction fault = { .sa_sigaction = on_fault, .sa_flags = SA_SIGINFO };
 	pthread_t threads[NR_THREADS];
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	die_with(server);
 	sigaction(SIGBUS, &fault, NULL);
 	sigaction(SIGSEGV, &fault, NULL);
 	/* Else the server would not be gone when this process's parent closes it. */
@@ -621,7 +629,7 @@ static void create(unsigned int *state)
 
 static void round_of_stress(unsigned int *state)
 {
-	pid_t pids[NR_CONSUMERS];
+	pid_t server = getpid(), pids[NR_CONSUMERS];
 	bool killed = false;
 	int events = 2 + roll(state, 6);
 
@@ -633,7 +641,7 @@ static void round_of_stress(unsigned int *state)
 		if (pids[n] < 0)
 			die("fork");
 		if (!pids[n])
-			consumer(own);
+			consumer(own, server);
 	}
 	usleep(roll(state, 3000));
 	start_lanes(state);
