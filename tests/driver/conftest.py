@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import tempfile
@@ -69,6 +70,9 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         # One message is enough, but what is left would have all later tests fail.
         if areas():
             print(f"left behind, and killed: {kill_left()}")
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: not areas(), "the areas are gone")
+                wait_until(lambda: module_refs() == refs, "the module's references are dropped")
         return
     wait_until(lambda: not areas(), "the areas are gone")
     wait_until(lambda: module_refs() == refs, "the module's references are dropped")
