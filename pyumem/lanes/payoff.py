@@ -11,7 +11,9 @@ windows of some runs, by the seconds that a byte of RAM takes:
                  the longer of  busy time + compression  and  share that is left * time,
              has to be clearly less than the time
     packed   measured too: it goes on as long as it is faster than plain was.  Where the link is the
-             bottleneck no more, it may have got faster, and plain is measured again sometimes
+             bottleneck no more, it may have got faster, and plain is measured again: soon at first,
+             since what it was compared with may be a connection that had just begun, and then ever
+             less often
 
 Each failure doubles the number of windows until the next attempt.
 """
@@ -40,8 +42,10 @@ _STAY: Final = 0.95
 _FIRST_WAIT: Final = 2
 _LONGEST_WAIT: Final = 64
 """Windows between two attempts, at most."""
-_TRUST: Final = 16
-"""Windows for which the last time of a plain one is believed while the lane does not wait."""
+_FIRST_TRUST: Final = 1
+_LONGEST_TRUST: Final = 16
+"""Windows for which the last time of a plain one is believed while the lane does not wait: doubled
+each time that it was right."""
 
 
 def busy_s() -> float:
@@ -125,6 +129,7 @@ class Payoff:
         self._wait = 1
         self._next_wait = _FIRST_WAIT
         self._plain_s = self._plain_cpu_s = 0.0
+        self._trust = _FIRST_TRUST
         self._age = 0
         self._window = self._begin()
 
@@ -183,14 +188,16 @@ class Payoff:
 
     def _judge_packed(self, window: _Window, elapsed: float, cpu: float) -> None:
         self._age += 1
-        if self._age == _TRUST:
+        if self._age == _LONGEST_TRUST:
             self._next_wait = _FIRST_WAIT
         if elapsed / window.bytes > _STAY * self._plain_s:
             self.packing = False
             self._failed()
-        elif self._age >= _TRUST and not _waits(elapsed, cpu):
+        elif self._age >= self._trust and not _waits(elapsed, cpu):
             self.packing = False  # the wait is 0: at once again, if nothing has changed
+            self._trust = min(2 * self._trust, _LONGEST_TRUST)
 
     def _failed(self) -> None:
+        self._trust = _FIRST_TRUST
         self._wait = self._next_wait
         self._next_wait = min(2 * self._next_wait, _LONGEST_WAIT)

@@ -124,6 +124,17 @@ def test_it_follows_the_link() -> None:
     assert lane.go(120) > 0.9 * 10 * MB
 
 
+def test_a_connection_that_had_just_begun_is_no_slow_link() -> None:
+    lane = Lane(link=8 * MB, share=0.3, packing=20 * MB)
+    while not lane.payoff.packing:
+        lane.run()
+    lane.link = 1000 * MB
+    lane.go(0.2)
+    assert not lane.payoff.packing
+    lane.go(1)
+    assert lane.go(10) > 0.95 * 1000 * MB
+
+
 def test_a_pause_is_no_slow_link() -> None:
     lane = Lane(link=5000 * MB)
     for _ in range(200):
