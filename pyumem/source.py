@@ -61,6 +61,8 @@ _STILL_S: Final = 90.0
 """Seconds that the VM may stand still before the commit; then it goes on here."""
 _ANSWER_S: Final = 60.0
 """Seconds after which the destination's silence upon COMMIT is reported; it is waited for on."""
+_HEAD_START_S: Final = 0.5
+"""Seconds that the VM has for its start at the destination before the background lanes begin."""
 _RESTORE_S: Final = 5.0
 _POLL_S: Final = 0.05
 _MAY_LEAVE: Final = ("running", "paused", "prelaunch")
@@ -423,9 +425,12 @@ class Migration(Serving):
         assert lanes.link is not None
         await lanes.link.send_json(Kind.COMMIT, {"run": self._was_running})
         lanes.committed(background=self._background)
+        running = lanes.told[Kind.RUNNING]
+        # What the start takes is downtime: link and processors are its own for that long.  It may
+        # wait for pages itself, so not for ever.
+        await asyncio.wait({running}, timeout=_HEAD_START_S)
         if self._background:
             lanes.go(Lane.BACKGROUND)
-        running = lanes.told[Kind.RUNNING]
         while not (await asyncio.wait({running}, timeout=_ANSWER_S))[0]:
             # It may be slow to start; to leave it now would leave the guest without its memory.
             self._tell(
