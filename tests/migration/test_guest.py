@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm.flaky import EMULATED_KVM
 from tests.vm.guest import GuestConsole, GuestSpec
 from tests.vm.hosts import Link, two_hosts
 
@@ -16,7 +17,10 @@ from tests.vm.hosts import Link, two_hosts
 @pytest.mark.parametrize(
     ("accel", "vcpus"),
     # The translator knows nothing of the kernel below; test_whole boots one on the other kernel.
-    [("kvm", 2), pytest.param("tcg", 1, marks=pytest.mark.one_kernel)],
+    [
+        pytest.param("kvm", 2, marks=EMULATED_KVM),
+        pytest.param("tcg", 1, marks=pytest.mark.one_kernel),
+    ],
 )
 def test_boots_and_gives_a_verdict(accel: str, vcpus: int, tmp_path: Path) -> None:
     spec = GuestSpec(

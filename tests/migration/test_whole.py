@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.migration.world import PATIENCE, World, alive, eventually, report_of, world
+from tests.vm.flaky import EMULATED_KVM
 from tests.vm.guest import GuestSpec
 
 SPEC = GuestSpec(workload="verify", writers=1, mb=16, memory="96M")
@@ -66,7 +67,9 @@ def check_reports(world: World, told: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("accel", "vcpus", "workload", "qemu"),
     [
-        pytest.param("kvm", 2, "verify", "UMEM_QEMU10", id="kvm-2cpu-qemu10"),
+        pytest.param(
+            *("kvm", 2, "verify", "UMEM_QEMU10"), id="kvm-2cpu-qemu10", marks=EMULATED_KVM
+        ),
         pytest.param("tcg", 1, "ab", "UMEM_QEMU", id="tcg-ab"),
     ],
 )

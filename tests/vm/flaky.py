@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What of the emulated machine may be tried again."""
+
+from typing import Final
+
+import pytest
+
+EMULATED_KVM: Final = pytest.mark.flaky(reruns=2, only_rerun=["GuestError"])
+"""For a test of a guest under KVM: the emulated one loses guests, whoever moved them, and when
+nobody did (Documentation/testing.rst).  One that says nothing more is tried again, and the summary
+tells so; one that finds its memory damaged is not, nor anything else that fails.
+"""
