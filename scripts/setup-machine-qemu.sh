@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# setup-machine-qemu.sh: a QEMU for the test machine itself whose emulated SVM
-# delivers an injected interrupt once, built from Debian's source in some three
+# setup-machine-qemu.sh: a QEMU for the test machine itself, two lines of whose
+# emulated processors are mended, built from Debian's source in some three
 # minutes: build/machine-qemu/qemu-system-x86_64.  What is measured and moved in
 # the machine stays stock.  Documentation/testing.rst (Traps of the emulation)
 # says what it is for; make bench needs it.
@@ -36,6 +36,11 @@ tar -xf "$(ls "$dir"/qemu_*.orig.tar.xz)" -C "$dir/source" --strip-components=1
 svm=$dir/source/target/i386/tcg/system/svm_helper.c
 sed -i '/case SVM_EVTINJ_TYPE_INTR:/,/break;/s/^\( *\)do_interrupt_x86_hardirq.*$/&\n\1cs->exception_index = -1;/' "$svm"
 [ "$(grep -c 'exception_index = -1;' "$svm")" = 1 ] || die "$svm is not what the patch is for"
+# Every processor that loads its FPU's state clears a flag of the first one, by
+# reading and writing all flags of that one while it changes others itself.
+fpu=$dir/source/target/i386/tcg/system/fpu_helper.c
+sed -i '/^void cpu_clear_ignne/,/^}/s/^\( *\)env->hflags2 &=/\1if (env->hflags2 \& HF2_IGNNE_MASK)\n&/' "$fpu"
+[ "$(grep -c 'if (env->hflags2 & HF2_IGNNE_MASK)' "$fpu")" = 1 ] || die "$fpu is not what the patch is for"
 # Firmware comes with Debian's QEMU packages, and not with its source.
 sed -i 's/^if unpack_edk2_blobs/if false/' "$dir/source/pc-bios/meson.build"
 
