@@ -25,6 +25,7 @@ from typing import Any
 
 from qemu.qmp import QMPError
 
+from bench.migration.autopsy import autopsy
 from bench.migration.monitor import Monitor
 from bench.migration.plan import Contender, limit_s
 from bench.migration.results import Limit, Sample, Setting
@@ -147,7 +148,15 @@ class Contest:
                     time.sleep(0.5)
                     pair.before.wait("step", timeout=1.0, since=since)
                     ready = True
-                    return self._move(world, pair, setting, contender, number)
+                    try:
+                        return self._move(world, pair, setting, contender, number)
+                    except GuestError:
+                        print(
+                            autopsy(pair.destination.process.pid, pair.at_destination),
+                            *world.areas(),
+                            sep="\n",
+                        )
+                        raise
             except (GuestError, AssertionError, OSError, QMPError, TimeoutError) as e:
                 print(world.told(), e, sep="\n", flush=True)
                 if not ready:
