@@ -27,6 +27,8 @@ from tests.vm import klog, kvm
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("UMEM_BUILD", ROOT / "build"))
+STOCK_QEMU = BUILD / "qemu-10.0" / "qemu-system-x86_64"
+MENDED_QEMU = BUILD / "machine-qemu" / "qemu-system-x86_64"
 KERNELS = ("6.1", "6.12", "newest", "debug")
 """Those that can be booted; make test takes the first two."""
 
@@ -144,10 +146,13 @@ def inner_script(config: VmConfig) -> str:
         "UMEM_SLOW": os.environ.get("UMEM_SLOW", "1"),
         "UMEM_BUILD": str(BUILD),
         "UMEM_QEMU": "/usr/bin/qemu-system-x86_64",
-        "UMEM_QEMU10": str(BUILD / "qemu-10.0" / "qemu-system-x86_64"),
+        "UMEM_QEMU10": str(STOCK_QEMU),
         "UMEM_GUEST_KERNEL": str(BUILD / "guest" / "vmlinux"),
         "UMEM_GUEST_INITRD": str(BUILD / "guest" / "initramfs.cpio"),
     }
+    if not MENDED_QEMU.exists():
+        wrappers = ROOT / "tests" / "vm" / "qemu"
+        env |= {"UMEM_QEMU": str(wrappers / "7.2"), "UMEM_QEMU10": str(wrappers / "10.0")}
     env.update(config.env)
     lines = ["#!/bin/bash", "# Written by tests/vm/harness.py for one run."]
     if config.command is not None:
@@ -218,9 +223,7 @@ def vm_argv(config: VmConfig, script: Path, accel_kvm: bool) -> list[str]:
     # patches itself (static keys); one that still met the breakpoint of a patch
     # that was over died by "Oops: int3".
     # Where it was built, one whose emulated SVM has been mended: scripts/setup-machine-qemu.sh.
-    mended = BUILD / "machine-qemu" / "qemu-system-x86_64"
-    stock = BUILD / "qemu-10.0" / "qemu-system-x86_64"
-    argv += ["--qemu-bin", str(mended if mended.exists() else stock)]
+    argv += ["--qemu-bin", str(MENDED_QEMU if MENDED_QEMU.exists() else STOCK_QEMU)]
     if not accel_kvm:
         argv += ["--disable-kvm"]
         # Emulated TSCs agree, but the kernel does not believe it and would read
