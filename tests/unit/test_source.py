@@ -267,6 +267,49 @@ def test_device_state_is_held_until_it_may_be_loaded(
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_background_begins_when_the_guest_runs(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a moment later: its start may wait for a page itself."""
+    monkeypatch.setattr(source, "_HEAD_START_S", 0.1)
+    begun: list[Lane] = []
+
+    class Fake:
+        link: Any
+
+        def __init__(self) -> None:
+            self.link = self
+            self.told = {wire.Kind.RUNNING: asyncio.get_running_loop().create_future()}
+
+        async def send_json(self, kind: wire.Kind, _message: object) -> None:
+            assert kind is wire.Kind.COMMIT
+
+        def committed(self, *, background: bool) -> None:
+            assert background
+
+        def go(self, lane: Lane) -> None:
+            begun.append(lane)
+
+    async def work() -> None:
+        migration = Migration(Plan(Path("/qmp"), Address("h", 1), Security()), lambda _text: None)
+        fake: Any = Fake()
+        commit = asyncio.create_task(migration._commit(fake, 0.0))
+        await asyncio.sleep(0.02)
+        assert not begun and not commit.done()
+        if answers:
+            fake.told[wire.Kind.RUNNING].set_result({"running": True})
+            await commit
+        else:
+            await asyncio.sleep(0.2)
+            assert begun and not commit.done()
+            fake.told[wire.Kind.RUNNING].set_result({"running": True})
+            await commit
+        assert begun == [Lane.BACKGROUND]
+
+    asyncio.run(work())
+
+
 def test_pre_copy_of_memory_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A VM that arrived by post-copy, whose daemon is gone for the moment: it would lose pages."""
     migration = on_areas(monkeypatch, complete=(True, False))
