@@ -72,7 +72,7 @@ class Usage:
     def _look(self) -> None:
         for name, pid in self._pids.items():
             cpu_s = memory_mib = 0.0
-            for one in (pid, *_descendants(pid)):
+            for one in (pid, *descendants(pid)):
                 with contextlib.suppress(OSError):
                     cpu_s += _cpu_s(one)
                     memory_mib += _memory_mib(one)
@@ -88,8 +88,9 @@ class Usage:
         ]
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process started, and those that they did."""
     found = _children(pid)
     for one in list(found):
-        found += _descendants(one)
+        found += descendants(one)
     return found

@@ -45,7 +45,8 @@ _LONGEST_WAIT: Final = 64
 _FIRST_TRUST: Final = 1
 _LONGEST_TRUST: Final = 16
 """Windows for which the last time of a plain one is believed while the lane does not wait: doubled
-each time that it was right."""
+each time that it is measured again, until an attempt fails.
+"""
 
 
 def busy_s() -> float:

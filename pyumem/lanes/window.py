@@ -83,6 +83,10 @@ _INFO: Final = struct.Struct("=68xI48xQ20xI")
 """struct tcp_info (linux/tcp.h): tcpi_rtt, in microseconds, tcpi_bytes_acked and tcpi_min_rtt."""
 
 
+def _wanted_queue_s(min_rtt_s: float) -> float:
+    return max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
+
+
 class Window:
     """Of all background lanes, as one of them sees it.  Its connection was tune()d for them."""
 
@@ -192,7 +196,7 @@ class Window:
             late = used and period.empty > _LATE * period.runs
             waits = used or period.waits > _WAITS * period.runs
             rtt_s, min_rtt_s = period.shortest_us / 1e6, min_rtt_us / 1e6
-            wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
+            wanted_s = _wanted_queue_s(min_rtt_s)
             # Each lane's own affair, by the speed of all; the window is one lane's.
             self._burst = max(_LEAST_BURST, int(speed * wanted_s)) if used else 0
             if self._judges:
@@ -222,7 +226,7 @@ class Window:
         if used and size_before and speed < _FREE * speed_before:
             self._hold_until, self._claims.window = now + _HOLD_S, size_before
             return
-        wanted_s = max(_QUEUE_S, _QUEUE_SHARE * min_rtt_s)
+        wanted_s = _wanted_queue_s(min_rtt_s)
         change = (min_rtt_s + wanted_s) / max(rtt_s, min_rtt_s, 1e-6)
         if late:
             most = speed * (min_rtt_s + _LATE_QUEUES * wanted_s) / self.size

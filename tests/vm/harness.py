@@ -152,7 +152,7 @@ def inner_script(config: VmConfig) -> str:
     }
     if not MENDED_QEMU.exists():
         wrappers = ROOT / "tests" / "vm" / "qemu"
-        env |= {"UMEM_QEMU": str(wrappers / "7.2"), "UMEM_QEMU10": str(wrappers / "10.0")}
+        env |= {"UMEM_QEMU": str(wrappers / "qemu-7"), "UMEM_QEMU10": str(wrappers / "qemu-10")}
     env.update(config.env)
     lines = ["#!/bin/bash", "# Written by tests/vm/harness.py for one run."]
     if config.command is not None:
